@@ -1,0 +1,34 @@
+# `make quickstart` and `make test` do all set-up by themselves, and do nothing twice.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: help quickstart test clean
+
+help:
+	@echo "make quickstart   make .venv, install, then build, train, evaluate a small LLaVA on real digits (CPU, minutes)"
+	@echo "make test         the same .venv plus the test tools; lint, then the test suite"
+	@echo "make clean        remove .venv and the quickstart's output"
+
+.venv/installed: requirements.txt pyproject.toml
+	@echo "==> making .venv and installing requirements.txt (several minutes the first time)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --requirement requirements.txt
+	@touch $@
+
+.venv/installed-test: .venv/installed
+	@echo "==> installing the test tools into .venv"
+	$(BIN)/pip install --quiet --requirement requirements.txt --editable '.[test]'
+	@touch $@
+
+quickstart: .venv/installed
+	$(BIN)/python recipes/quickstart.py --output_dir quickstart_output
+
+test: .venv/installed-test
+	@echo "==> lint"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo "==> tests"
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv quickstart_output
