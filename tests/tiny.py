@@ -1,0 +1,207 @@
+"""Tiny random members of the real Llava classes, their tokenizers and processors. Nothing is downloaded.
+
+Sizes: 16-pixel pictures, 8-pixel patches, so a picture is 4 image tokens; hidden size 32; two layers a part.
+"""
+
+import copy
+import json
+from functools import cache
+
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaTokenizer,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaNextProcessor,
+    LlavaProcessor,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    SiglipVisionConfig,
+    VipLlavaConfig,
+    VipLlavaForConditionalGeneration,
+)
+from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
+from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
+
+IMAGE_TOKENS = 4
+SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>"]
+
+# The released llava-hf templates, as published on the hub (the format strings are data that a twin must reproduce).
+LLAVA_1_5 = (
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': '}}{% endif %}"
+    "{# Render all images first #}{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>\n' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ content['text'] + ' '}}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ content['text'] + ' '}}{% endgeneration %}{% endfor %}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+LLAVA_1_6_MISTRAL = (
+    "{% for message in messages %}{% if message['role'] == 'system' %}{{ '<<SYS>>\n' + message['content'][0]['text']"
+    " + '\n<</SYS>>\n\n' }}{% elif message['role'] == 'user' %}{{ '[INST] ' }}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{{' [/INST]' }}{% elif message['role'] == 'assistant' %}"
+    "{{ ' ' + message['content'][0]['text'] + '</s> '}}{% else %}"
+    "{{ raise_exception('Only user and assistant roles are supported!') }}{% endif %}{% endfor %}"
+)
+ONEVISION = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + ' '}}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{# Render all video then #}{% for content in message['content'] | selectattr('type', 'equalto', 'video') %}"
+    "{{ '<video>' }}{% endfor %}{# Render all text next #}{% if message['role'] != 'assistant' %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}"
+    "{% endfor %}{% else %}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{% generation %}{{ '\n' + content['text'] }}{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>'}}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+CORPUS = [
+    "USER: ASSISTANT: What is in the picture? A red square on a white ground. How many digits are there? Yes. No.",
+    "Describe the image. The picture shows the digit seven. Is the number even or odd? It is even. [INST] [/INST]",
+    "system user assistant <<SYS>> <</SYS>> A chat between a curious user and an artificial intelligence assistant.",
+]
+
+
+@cache
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE (GPT-2 style) that, like Llama's, puts BOS in front when special tokens are asked for."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=360, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@cache
+def llama_tokenizer() -> LlamaTokenizer:
+    """A SentencePiece-style BPE in the real `LlamaTokenizer` class: "▁" for blanks, byte fallback, BOS in front."""
+    backend = Tokenizer(models.BPE(byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="first", split=True)
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=560, special_tokens=["<unk>", "<s>", "</s>", *bytes_], show_progress=False
+    )
+    backend.train_from_iterator([text.replace("\n", " ") for text in CORPUS], trainer)
+
+    model = json.loads(backend.to_str())["model"]
+    tokenizer = LlamaTokenizer(
+        vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]], add_bos_token=True
+    )
+    tokenizer.add_tokens(["<image>", "<pad>", "<|im_start|>", "<|im_end|>"], special_tokens=True)
+    tokenizer.pad_token = "<pad>"
+    return tokenizer
+
+
+def make_tokenizer(kind: str = "byte", **overrides):
+    """A fresh copy of one of the two tokenizers, with e.g. `padding_side="left"` or `pad_token="</s>"` set."""
+
+    tokenizer = copy.deepcopy({"byte": byte_tokenizer, "llama": llama_tokenizer}[kind]())
+    for name, value in overrides.items():
+        setattr(tokenizer, name, value)
+    return tokenizer
+
+
+PINPOINTS = [[16, 32], [32, 16], [32, 32]]
+
+
+def make_processor(chat_template: str = LLAVA_1_5, tokenizer: str = "byte", kind: str = "llava", **overrides):
+    """The processor of a class for 16-pixel tiles in 8-pixel patches: 4 image tokens each (LlavaNext: more)."""
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    if kind == "llava_next":
+        processor, image_processor = (
+            LlavaNextProcessor,
+            LlavaNextImageProcessorPil(image_grid_pinpoints=PINPOINTS, **size),
+        )
+    else:
+        processor, image_processor = LlavaProcessor, LlavaImageProcessorPil(do_pad=True, **size)
+    return processor(
+        image_processor,
+        make_tokenizer(tokenizer, **overrides),
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=chat_template,
+    )
+
+
+def text_config(kind: str, vocab_size: int):
+    sizes = dict(
+        vocab_size=vocab_size,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        pad_token_id=3,
+    )
+    return {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}[kind](**sizes)
+
+
+def vision_config(kind: str):
+    sizes = dict(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, image_size=16, patch_size=8
+    )
+    return {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[kind](**sizes)
+
+
+def make_model(processor, kind: str = "llava", text: str = "llama", seed: int = 0):
+    """A random model of the class `kind` (`llava`, `vipllava` or `llava_next`) in float32."""
+    tokenizer = processor.tokenizer
+    torch.manual_seed(seed)
+    common = dict(
+        text_config=text_config(text, len(tokenizer)),
+        vision_config=vision_config("clip"),
+        image_token_index=processor.image_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    if kind == "vipllava":
+        model = VipLlavaForConditionalGeneration(VipLlavaConfig(vision_feature_layers=[-2, -3], **common))
+    elif kind == "llava_next":
+        model = LlavaNextForConditionalGeneration(LlavaNextConfig(image_grid_pinpoints=PINPOINTS, **common))
+    else:
+        model = LlavaForConditionalGeneration(LlavaConfig(image_seq_length=IMAGE_TOKENS, **common))
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return model.eval()
+
+
+def save_checkpoint(path, chat_template: str = LLAVA_1_5, kind: str = "llava", tokenizer: str = "byte", **kwargs):
+    """Write a tiny checkpoint (model + processor) as `from_pretrained` finds one on the hub; returns its path."""
+    processor = make_processor(chat_template, tokenizer, kind)
+    make_model(processor, kind, **kwargs).save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)
+
+
+def picture(color="red", size=(16, 16)) -> Image.Image:
+    return Image.new("RGB", size, color)
+
+
+def user(text: str, images: int = 0) -> dict:
+    return {"role": "user", "content": [{"type": "image"}] * images + [{"type": "text", "text": text}]}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": [{"type": "text", "text": text}]}
+
+
+def row(*messages, images=None, **columns) -> dict:
+    count = sum(part["type"] == "image" for message in messages for part in message["content"])
+    return {"messages": list(messages), "images": images or [picture()] * count, **columns}
