@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import numpy as np
 import torch
 from PIL import Image, ImageCms, ImageOps
@@ -112,8 +113,8 @@ class LlavaDataCollator:
             and its answer, with their pictures) from its end; an image block or an answer is never cut. Each such row
             is logged. None: no limit.
         placement: `"front"`: the pictures of a turn stand before its text, which is joined and stripped (LLaVA-1.5's
-            habit and what the released templates render). `"keep"`: pictures stay where they are in the text; a
-            template that would move them is an error.
+            habit and what the released templates render); a turn whose several pictures stood between texts is
+            logged. `"keep"`: pictures stay where they are in the text; a template that would move them is an error.
         overlong: A row whose first answer does not fit into `max_length` is an error (`"raise"`), or is left out of
             its batch and logged (`"drop"`).
         chat_template: Rendered instead of the processor's own template.
@@ -172,7 +173,7 @@ class LlavaDataCollator:
         self.stop_token_ids = frozenset(stop_token_ids or [processor.tokenizer.eos_token_id])
         self.padding_side = padding_side
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.shortened = self.dropped = 0
+        self.shortened = self.dropped = self.moved = 0
         self._marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
         self._check_template()
 
@@ -224,6 +225,9 @@ class LlavaDataCollator:
                 f"{image_token} or image part for each entry of `images`"
             )
         if self.placement == "front":
+            if any(_has_text_before_picture(m) and m["content"].count({"type": "image"}) > 1 for m in messages):
+                self.moved += 1
+                self._log(self.moved, f"{name}: pictures between texts were moved to the front of their turn")
             messages = [_pictures_first(message) for message in messages]
         elif self._moves_pictures and any(map(_has_text_before_picture, messages)):
             raise ValueError(
@@ -270,6 +274,8 @@ class LlavaDataCollator:
 
     def _encode(self, conversations: list[dict[str, Any]]) -> tuple[dict[str, Any], list[list[tuple[int, int]]]]:
         """Tokenise; returns the batch and, per row, the `(start, end)` positions of each answer in `input_ids`."""
+        for conversation in conversations:
+            self._render(conversation, conversation["messages"])  # a template's complaint then names its row
         images = [conversation["images"] for conversation in conversations if conversation["images"]]
         batch = self.processor.apply_chat_template(
             [
@@ -295,25 +301,27 @@ class LlavaDataCollator:
             self._check_answers(conversation, ids, spans)
         return dict(batch.convert_to_tensors("pt")), answers
 
+    def _render(self, conversation: dict[str, Any], messages: list[dict[str, Any]], **kwargs) -> str:
+        try:
+            return self.processor.apply_chat_template(messages, chat_template=self.chat_template, **kwargs)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise ValueError(f"{conversation['name']}: the chat template cannot render it: {error}") from error
+
     def _as_segments(self, conversation: dict[str, Any]) -> list[dict[str, str]]:
         """Split a rendered conversation at its answers, for templates without `{% generation %}`.
 
         An answer is what the render up to and with it adds to the render up to it (generation prompt included); all
         renders must be prefixes of the whole, or the template is not understood.
         """
-
-        def render(messages, **kwargs):
-            return self.processor.apply_chat_template(messages, chat_template=self.chat_template, **kwargs)
-
         messages = conversation["messages"]
-        whole = render(messages)
+        whole = self._render(conversation, messages)
         stops = self.processor.tokenizer.convert_ids_to_tokens(sorted(self.stop_token_ids))
         segments, done = [], 0
         for index, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            prompt = render(messages[:index], add_generation_prompt=True)
-            answered = render(messages[: index + 1])
+            prompt = self._render(conversation, messages[:index], add_generation_prompt=True)
+            answered = self._render(conversation, messages[: index + 1])
             if not (whole.startswith(answered) and answered.startswith(prompt) and len(prompt) >= done):
                 raise ValueError(
                     f"{conversation['name']}: the chat template has no generation block, and its render up to turn "
@@ -400,15 +408,14 @@ class LlavaDataCollator:
     def _check_template(self) -> None:
         """Push one made-up exchange with a picture through the template, and see whether it would move a picture."""
         parts = [{"type": "text", "text": "before"}, {"type": "image"}, {"type": "text", "text": "behind"}]
-        rendered = self.processor.apply_chat_template(
-            [{"role": "user", "content": parts}], chat_template=self.chat_template, add_generation_prompt=True
-        )
+        made_up = {"name": "a made-up row"}
+        rendered = self._render(made_up, [{"role": "user", "content": parts}], add_generation_prompt=True)
         self._moves_pictures = rendered.find(self.processor.image_token) < rendered.find("before")
         messages = [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
             {"role": "assistant", "content": [{"type": "text", "text": "This."}]},
         ]
-        self._encode([{"name": "a made-up row", "messages": messages, "images": [Image.new("RGB", (64, 48))]}])
+        self._encode([{**made_up, "messages": messages, "images": [Image.new("RGB", (64, 48))]}])
 
     @staticmethod
     def _log(count: int, message: str) -> None:

@@ -102,8 +102,8 @@ def test_plain_renders_the_picture_and_the_caption_only():
 )
 def test_plain_refuses_what_it_would_drop(messages, message):
     collator = make_collator("plain")
-    with pytest.raises(Exception, match=message):
-        collator([row(*messages)])
+    with pytest.raises(ValueError, match=f"row 'bad': the chat template cannot render it: .*{message}"):
+        collator([row(user("Hi", images=1), assistant("Yes")), row(*messages, id="bad")])
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "llama"])
@@ -405,11 +405,14 @@ def test_placement_keep_notices_a_template_that_moves_pictures():
         collator([interleaved()])
 
 
-def test_placement_front_is_llavas_habit():
+def test_placement_front_is_llavas_habit(caplog):
     """Pictures first, the text joined and stripped: what LLaVA's preprocess_multimodal does for one picture."""
     collator = make_collator()
+    collator([row({"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image"}]}, assistant("Yes"))])
+    assert not caplog.text
     decoded = collator.processor.tokenizer.decode(collator([interleaved()])["input_ids"][0])
     assert decoded == "<s>USER: " + ("<image>" * 4 + "\n") * 2 + "First  then  end ASSISTANT: Yes</s>"
+    assert "row 0 of the batch: pictures between texts were moved to the front" in caplog.text and collator.moved == 1
 
 
 # Row forms
