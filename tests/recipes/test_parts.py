@@ -1,0 +1,451 @@
+import copy
+import io
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit, Linear8bitLt
+from peft import LoraConfig, get_peft_model
+from rich.console import Console
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    CLIPVisionConfig,
+    CohereConfig,
+    Dinov2Config,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaNextConfig,
+    LlavaNextForConditionalGeneration,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
+    PhiConfig,
+    SwinConfig,
+)
+
+import tiny
+from _assembly import assemble, check_picture, check_saved, count_extra_tokens, load_parts
+from _parts import PARTS, find_part, load_projector, part_of, part_table, save_projector, train_only
+
+KINDS = ("llava", "vipllava", "llava_next", "llava_onevision")
+RATES = dict.fromkeys(PARTS, 2e-5)
+# Tensors of the tiny projectors: 32 -> 32 -> 32; VipLlava feeds it two vision layers through a LayerNorm.
+MLP_SHAPES = {"linear_1.weight": (32, 32), "linear_1.bias": (32,), "linear_2.weight": (32, 32), "linear_2.bias": (32,)}
+SHAPES = {
+    "llava": MLP_SHAPES,
+    "vipllava": {
+        **MLP_SHAPES,
+        "linear_1.weight": (32, 64),
+        "projector_layernorm.weight": (64,),
+        "projector_layernorm.bias": (64,),
+    },
+    "llava_next": {**MLP_SHAPES, "image_newline": (32,)},
+    "llava_onevision": {**MLP_SHAPES, "image_newline": (32,)},
+}
+
+
+def make_model(kind, seed=0):
+    if kind in ("llava", "vipllava"):
+        return tiny.make_model(tiny.make_processor(), kind, seed=seed)
+    torch.manual_seed(seed)
+    common = dict(image_token_index=4, image_grid_pinpoints=[[16, 32], [32, 16]])
+    if kind == "llava_next":
+        parts = dict(vision_config=tiny.vision_config("clip"), text_config=tiny.text_config("mistral", 360))
+        return LlavaNextForConditionalGeneration(LlavaNextConfig(**parts, **common))
+    parts = dict(vision_config=tiny.vision_config("siglip"), text_config=tiny.text_config("qwen2", 360))
+    return LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**parts, **common))
+
+
+def cells(table):
+    return [list(row) for row in zip(*(column.cells for column in table.columns), strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("model.vision_tower.encoder.layers.0.mlp.fc1.weight", "vision_tower"),
+        ("model.multi_modal_projector.linear_1.bias", "multi_modal_projector"),
+        ("model.image_newline", "multi_modal_projector"),
+        ("model.language_model.embed_tokens.weight", "language_model"),
+        ("lm_head.weight", "language_model"),
+        ("base_model.model.model.vision_tower.layers.0.self_attn.q_proj.lora_A.default.weight", "vision_tower"),
+        ("module.base_model.model.lm_head.base_layer.weight", "language_model"),
+        # Names of checkpoints written before transformers 5.
+        ("language_model.lm_head.weight", "language_model"),
+    ],
+)
+def test_part_of(name, part):
+    assert part_of(name) == part
+
+
+def test_part_of_refuses_a_name_outside_of_the_parts():
+    with pytest.raises(ValueError, match="parameter 'model.audio_tower.conv1.weight' lies in none of vision_tower"):
+        part_of("model.audio_tower.conv1.weight")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_of_every_class_has_a_part_and_every_part_is_found(kind):
+    model = make_model(kind)
+    for part in PARTS:
+        assert find_part(model, part) is getattr(model.model, part)
+    assert {part_of(name) for name, _ in model.named_parameters()} == set(PARTS)
+
+
+def test_find_part_sees_through_peft_and_ddp():
+    bare = make_model("llava")
+    tower = bare.model.vision_tower
+    wrapped = get_peft_model(bare, LoraConfig(target_modules=r".*language_model.*q_proj"))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        assert find_part(DistributedDataParallel(wrapped), "vision_tower") is tower
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_find_part_errors():
+    with pytest.raises(ValueError, match="unknown part 'projector': expected some of vision_tower, multi_modal_proj"):
+        find_part(make_model("llava"), "projector")
+    with pytest.raises(ValueError, match="Linear has no vision_tower: expected one of the Llava classes"):
+        find_part(nn.Linear(1, 1), "vision_tower")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("parts", [["multi_modal_projector"], ["multi_modal_projector", "language_model"], []])
+def test_train_only_unfreezes_and_upcasts_exactly_these_parts(kind, parts):
+    model = make_model(kind).to(torch.bfloat16)
+    expected = {name: parameter.detach().float() for name, parameter in model.named_parameters()}
+    train_only(model, parts)
+    for name, parameter in model.named_parameters():
+        trained = part_of(name) in parts
+        assert parameter.requires_grad is trained, name
+        assert parameter.dtype == (torch.float32 if trained else torch.bfloat16), name
+        assert torch.equal(parameter.float(), expected[name]), name
+
+
+def test_train_only_includes_the_head_and_the_newline_and_keeps_ties():
+    model = make_model("llava_next")
+    train_only(model, ["language_model"])
+    assert model.lm_head.weight.requires_grad and not model.model.image_newline.requires_grad
+    train_only(model, ["multi_modal_projector"])
+    assert model.model.image_newline.requires_grad and not model.lm_head.weight.requires_grad
+
+    tied = make_model("llava").to(torch.bfloat16)
+    tied.lm_head.weight = tied.get_input_embeddings().weight
+    train_only(tied, ["language_model"])
+    assert tied.lm_head.weight is tied.get_input_embeddings().weight
+    assert tied.lm_head.weight.dtype == torch.float32
+
+
+def test_train_only_errors():
+    model = make_model("llava")
+    with pytest.raises(ValueError, match="unknown part 'lm_head', 'vision_model'"):
+        train_only(model, ["vision_model", "lm_head"])
+    model.model.language_model.layers[0].mlp.up_proj = quantised_linear()
+    with pytest.raises(
+        ValueError, match=r"layers.0.mlp.up_proj.weight holds quantised weights \(torch.uint8\), which cannot train"
+    ):
+        train_only(model, ["language_model"])
+    train_only(model, ["multi_modal_projector"])
+
+
+def quantised_linear():
+    # Moving the layer to a device is what packs its weight.
+    return Linear4bit(32, 64, bias=False, compute_dtype=torch.float32).to("cpu")
+
+
+def test_part_table_of_a_fresh_model():
+    model = make_model("llava")
+    train_only(model, ["multi_modal_projector", "language_model"])
+    # Tower: embeddings 32 (CLS) + 32*3*8*8 + 5*32; a layer 4*(32*32+32) + (64*32+64) + (32*64+32) + 2*64, three of
+    # them; two LayerNorms of 64. Projector: 2*(32*32+32). Decoder: a layer 2*32*32 + 2*16*32 + 3*64*32 + 2*32, two of
+    # them; a norm of 32; embeddings and head of 360*32 each.
+    table = part_table(model, {"multi_modal_projector": 1e-3, "language_model": 2e-5})
+    assert cells(table) == [
+        ["vision_tower", "32,096", "0", "float32", "no", "0", "-"],
+        ["multi_modal_projector", "2,112", "2,112", "float32", "no", "0", "0.001"],
+        ["language_model", "41,632", "41,632", "float32", "no", "0", "2e-05"],
+        ["total", "75,840", "43,744", "", "", "0", ""],
+    ]
+    assert table.caption == "57.68% of the parameters train"
+
+
+def test_part_table_of_the_7b_model_fits_into_80_columns():
+    tower = CLIPVisionConfig(
+        hidden_size=1024,
+        intermediate_size=4096,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        image_size=336,
+        patch_size=14,
+    )
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=tower, text_config=LlamaConfig()))
+    train_only(model.bfloat16(), ["multi_modal_projector"])
+    console = Console(file=io.StringIO(), width=80)
+    console.print(part_table(model, {"multi_modal_projector": 1e-3}))
+    lines = console.file.getvalue().splitlines()
+    assert [line.split() for line in lines[4:7]] == [
+        ["vision_tower", "303.51", "M", "0", "bfloat16", "no", "0", "-"],
+        ["multi_modal_projector", "20.98", "M", "20.98", "M", "float32", "no", "0", "0.001"],
+        ["language_model", "6.738", "B", "0", "bfloat16", "no", "0", "-"],
+    ]
+
+
+def test_part_table_counts_adapters_and_true_4_bit_weights():
+    model = make_model("llava").to(torch.bfloat16)
+    model.model.language_model.layers[0].mlp.up_proj = quantised_linear()
+    model.model.vision_tower.encoder.layers[0].mlp.fc1 = Linear8bitLt(32, 64, has_fp16_weights=False).to("cpu")
+    model = get_peft_model(model, LoraConfig(r=2, target_modules=r".*language_model.*(q_proj|v_proj)"))
+    rows = {row[0]: row[1:] for row in cells(part_table(model, {"language_model": 2e-4}))}
+    # Rank 2 on q (32 -> 32) and v (32 -> 16) of two layers: 2 * (2*32 + 2*32 + 2*32 + 2*16) weights in 4 adapters.
+    assert rows["language_model"] == [
+        *["42,080", "448", "bfloat16, float32, uint8", "4-bit", "4", "0.0002"],
+    ]
+    assert rows["vision_tower"][0] == "32,096" and rows["vision_tower"][3] == "8-bit"
+    assert rows["multi_modal_projector"][2:4] == ["bfloat16", "no"]
+    assert rows["total"][:2] == ["76,288", "448"]
+
+
+def test_part_table_counts_a_tied_head_once_and_wants_a_rate_for_what_trains():
+    model = make_model("llava")
+    model.lm_head.weight = model.get_input_embeddings().weight
+    assert cells(part_table(model, RATES))[2][1] == f"{41_632 - 360 * 32:,}"
+    with pytest.raises(KeyError, match="vision_tower"):
+        part_table(model, {"language_model": 1e-3, "multi_modal_projector": 1e-3})
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_projector_loads_into_another_model(kind, tmp_path):
+    source, target = make_model(kind, seed=1), make_model(kind, seed=2)
+    before = copy.deepcopy(target.state_dict())
+    file = save_projector(source, tmp_path / "projector")
+    assert file == tmp_path / "projector" / "projector.safetensors"
+    assert {name: tuple(tensor.shape) for name, tensor in load_file(file).items()} == SHAPES[kind]
+
+    load_projector(target, tmp_path)  # a stage 1 output, the projector in its folder
+    wanted = source.state_dict()
+    for name, tensor in target.state_dict().items():
+        is_projector = part_of(name) == "multi_modal_projector"
+        assert torch.equal(tensor, wanted[name] if is_projector else before[name]), name
+    assert not torch.equal(before["model.multi_modal_projector.linear_1.weight"], load_file(file)["linear_1.weight"])
+
+
+def llava_layout(tensors):
+    layers = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
+    return {name.replace(part, layers[part]): t for name, t in tensors.items() for part in layers if part in name}
+
+
+@pytest.mark.parametrize("where", ["file", "folder"])
+def test_interchange_with_llavas_own_file(where, tmp_path):
+    source, target = make_model("llava", seed=1), make_model("llava", seed=2)
+    tensors = load_file(save_projector(source, tmp_path / "own.safetensors"))
+    original = llava_layout(tensors)
+    assert sorted(original) == [
+        *["model.mm_projector.0.bias", "model.mm_projector.0.weight"],
+        *["model.mm_projector.2.bias", "model.mm_projector.2.weight"],
+    ]
+    torch.save(original, tmp_path / "mm_projector.bin")
+    load_projector(target, tmp_path if where == "folder" else tmp_path / "mm_projector.bin")
+    for name, tensor in target.model.multi_modal_projector.state_dict().items():
+        assert torch.equal(tensor, tensors[name]), name
+
+
+def test_llavas_file_with_a_newline_loads_into_llava_next(tmp_path):
+    source, target = make_model("llava_next", seed=1), make_model("llava_next", seed=2)
+    tensors = load_file(save_projector(source, tmp_path))
+    torch.save({**llava_layout(tensors), "model.image_newline": tensors["image_newline"]}, tmp_path / "p.bin")
+    load_projector(target, tmp_path / "p.bin")
+    assert torch.equal(target.model.image_newline, source.model.image_newline)
+
+
+def test_load_casts_to_the_models_dtype_and_save_takes_the_trained_copy_of_peft(tmp_path):
+    source = make_model("llava", seed=1)
+    save_projector(source, tmp_path)
+    target = make_model("llava", seed=2).to(torch.bfloat16)
+    load_projector(target, tmp_path)
+    weight = target.model.multi_modal_projector.linear_1.weight
+    assert torch.equal(weight, source.model.multi_modal_projector.linear_1.weight.bfloat16())
+
+    config = LoraConfig(target_modules=r".*language_model.*q_proj", modules_to_save=["multi_modal_projector"])
+    wrapped = get_peft_model(target, config)
+    with torch.no_grad():
+        find_part(wrapped, "multi_modal_projector").linear_1.weight.fill_(7)
+    saved = load_file(save_projector(wrapped, tmp_path / "trained.safetensors"))
+    assert sorted(saved) == sorted(MLP_SHAPES)
+    assert torch.equal(saved["linear_1.weight"], torch.full((32, 32), 7, dtype=torch.bfloat16))
+
+
+def test_save_refuses_a_projector_with_adapters(tmp_path):
+    model = get_peft_model(make_model("llava"), LoraConfig(target_modules=["linear_1"]))
+    with pytest.raises(ValueError, match="the projector carries adapters on linear_1: merge them first"):
+        save_projector(model, tmp_path)
+
+
+def test_misfits_are_one_error_that_lists_them(tmp_path):
+    tensors = {"model.mm_projector.0.weight": torch.zeros(32, 48), "model.mm_projector.0.bias": torch.zeros(32)}
+    torch.save({**tensors, "model.embed_tokens.weight": torch.zeros(2, 32)}, tmp_path / "mm_projector.bin")
+    model = make_model("llava")
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError) as error:
+        load_projector(model, tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}/mm_projector.bin does not fit this model's projector:\n"
+        "  missing: linear_2.weight (32, 32)\n"
+        "  missing: linear_2.bias (32,)\n"
+        "  unexpected: model.embed_tokens.weight (2, 32)\n"
+        "  wrong shape: linear_1.weight is (32, 48), the model's is (32, 32)\n"
+        "Take a projector made for this vision tower, language model and class."
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+class Malicious:
+    def __reduce__(self):
+        return print, ("this must not run",)
+
+
+def test_unreadable_files(tmp_path, capsys):
+    model = make_model("llava")
+    with pytest.raises(FileNotFoundError, match="gone does not exist: expected a projector file or a folder"):
+        load_projector(model, tmp_path / "gone")
+    with pytest.raises(FileNotFoundError, match="holds no projector: expected one of projector.safetensors, mm_proj"):
+        load_projector(model, tmp_path)
+
+    torch.save({"model.mm_projector.0.weight": Malicious()}, tmp_path / "mm_projector.bin")
+    with pytest.raises(ValueError, match="mm_projector.bin: not a readable file of tensors"):
+        load_projector(model, tmp_path)
+    assert "this must not run" not in capsys.readouterr().out
+
+    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
+    with pytest.raises(ValueError, match="cut.safetensors: not a readable file of tensors"):
+        load_projector(model, tmp_path / "cut.safetensors")
+    (tmp_path / "empty.bin").touch()
+    with pytest.raises(ValueError, match="empty.bin: not a readable file of tensors"):
+        load_projector(model, tmp_path / "empty.bin")
+
+    save_file({"linear_1.weight": torch.zeros(1)}, tmp_path / "projector.safetensors")
+    with pytest.raises(ValueError, match="holds several projectors .*: name one of these files"):
+        load_projector(model, tmp_path)
+
+
+SIZES = dict(
+    vocab_size=360, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
+)
+
+
+def make_language_model(config):
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+@pytest.mark.parametrize(
+    ("config", "layer", "expected"),
+    [
+        (tiny.vision_config("clip"), -2, 1),
+        (tiny.vision_config("clip"), 0, 1),
+        (tiny.vision_config("siglip"), -2, 0),
+        (Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, image_size=16, patch_size=8), -1, 1),
+    ],
+)
+def test_count_extra_tokens(config, layer, expected):
+    assert count_extra_tokens(AutoModel.from_config(config).eval(), layer) == expected
+
+
+def test_count_extra_tokens_errors():
+    tower = AutoModel.from_config(tiny.vision_config("clip"))
+    for layer in (-5, 4):  # three layers and the embeddings: -4 to 3
+        with pytest.raises(ValueError, match=f"vision_feature_layer {layer}: CLIPVisionModel has 4 hidden states"):
+            count_extra_tokens(tower, layer)
+    with pytest.raises(
+        ValueError, match="LlamaModel has image_size None and patch_size None; expected a vision tower"
+    ):
+        count_extra_tokens(AutoModel.from_config(tiny.text_config("llama", 360)), -2)
+    swin = SwinConfig(image_size=32, patch_size=4, embed_dim=16, depths=[1, 1], num_heads=[2, 2], window_size=2)
+    with pytest.raises(ValueError, match="SwinModel makes 16 tokens of 64 patches; expected one for each"):
+        count_extra_tokens(AutoModel.from_config(swin), -1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2"])
+def test_assemble_joins_the_parts_themselves(kind):
+    processor, tower = tiny.make_processor(), AutoModel.from_config(tiny.vision_config("clip"))
+    language_model = make_language_model(tiny.text_config(kind, 360))
+    language_model.generation_config.eos_token_id = [6]
+    model = assemble(tower, language_model, processor, -2, "gelu")
+    assert model.model.vision_tower is tower
+    assert model.model.language_model is language_model.model and model.lm_head is language_model.lm_head
+    assert model.config.image_token_id == 4 and model.config.text_config.pad_token_id == 3
+    # The language model's own stop tokens and the tokenizer's.
+    assert model.generation_config.eos_token_id == [2, 6]
+    assert (model.generation_config.bos_token_id, model.generation_config.pad_token_id) == (1, 3)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("tower_dtype", "language_dtype", "expected"),
+    [("float32", "bfloat16", "float32"), ("float16", "bfloat16", "float32"), ("bfloat16", "bfloat16", "bfloat16")],
+)
+def test_assemble_takes_the_dtype_that_holds_both_parts_exactly(tower_dtype, language_dtype, expected):
+    tower = AutoModel.from_config(tiny.vision_config("clip"), dtype=tower_dtype)
+    language_model = AutoModelForCausalLM.from_config(tiny.text_config("llama", 360), dtype=language_dtype).eval()
+    model = assemble(tower, language_model, tiny.make_processor(), -2, "gelu")
+    assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, expected)}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (Gemma2Config(**SIZES, num_key_value_heads=2, head_dim=8), "Gemma2ForCausalLM does more to its logits"),
+        (CohereConfig(**SIZES, eos_token_id=2), "CohereForCausalLM does more to its logits"),
+        (PhiConfig(**SIZES), "PhiForCausalLM does more to its logits"),
+        (
+            GPT2Config(vocab_size=360, n_embd=32, n_layer=1, n_head=4, bos_token_id=1, eos_token_id=2),
+            "GPT2LMHeadModel ties its head to other than `embed_tokens`",
+        ),
+    ],
+)
+def test_assemble_refuses_a_language_model_that_it_would_change(config, message):
+    language_model = make_language_model(config)
+    tower = AutoModel.from_config(tiny.vision_config("clip"))
+    with pytest.raises(ValueError, match=message):
+        assemble(tower, language_model, tiny.make_processor(), -2, "gelu")
+
+
+def test_check_picture():
+    processor = tiny.make_processor()
+    model = tiny.make_model(processor)
+    assert check_picture(model, processor) == 4
+    processor.num_additional_image_tokens = 0
+    with pytest.raises(ValueError, match="a picture becomes 3 image tokens but 4 features; .* num_additional_image_t"):
+        check_picture(model, processor)
+
+
+def test_load_parts_and_check_saved(tmp_path):
+    tower, language_model = (
+        AutoModel.from_config(tiny.vision_config("clip")),
+        make_language_model(LlamaConfig(**SIZES)),
+    )
+    tower.save_pretrained(tmp_path / "tower")
+    language_model.save_pretrained(tmp_path / "language_model")
+    paths = tmp_path / "tower", tmp_path / "language_model"
+    model = assemble(*load_parts(*paths), tiny.make_processor(), -2, "gelu")
+    projector = model.model.multi_modal_projector
+    model.save_pretrained(tmp_path / "llava")
+    saved = check_saved(tmp_path / "llava", *load_parts(*paths), projector)
+    assert torch.equal(saved.model.vision_tower.embeddings.class_embedding, tower.embeddings.class_embedding)
+
+    for module, part, name in (
+        (model.lm_head, "lm_head", "weight"),
+        (model.model.vision_tower.embeddings.patch_embedding, "vision_tower", "embeddings.patch_embedding.weight"),
+        (model.model.language_model.norm, "language_model", "norm.weight"),
+    ):
+        original = module.weight.detach().clone()
+        module.weight.data.view(-1)[-1] += 1e-3
+        model.save_pretrained(tmp_path / "llava")
+        with pytest.raises(ValueError, match=f"{part}.{name} differs from the part it was made of"):
+            check_saved(tmp_path / "llava", *load_parts(*paths), projector)
+        module.weight.data.copy_(original)
