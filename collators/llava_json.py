@@ -1,0 +1,532 @@
+"""Rows for a collator, from LLaVA JSON or JSONL files or from datasets that already have `messages`.
+
+A file is checked row by row when it is first read, then kept as an Arrow file in the cache of `datasets`. Pictures
+stay paths (or undecoded bytes) until a collator opens them. docs/data_format.md has the formats and every error.
+"""
+
+import difflib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+import datasets
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    IterableDataset,
+    Json,
+    LargeList,
+    List,
+    NamedSplit,
+    ReadInstruction,
+    Value,
+    load_dataset,
+    load_from_disk,
+)
+from datasets.fingerprint import Hasher
+from filelock import FileLock
+
+ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+# One newline that touches a marker goes with it, the one behind before the one in front; all other text is the user's.
+MARKER = re.compile(r"<image>\n|\n<image>(?!\n)|<image>")
+# Columns that people write instead of `image`; without this list a row would pass as text-only.
+PICTURE_TYPOS = {
+    *("img", "imgs", "iamge", "imag", "imge", "imges", "pic", "pics", "picture", "pictures", "photo", "photos"),
+    *("image_path", "image_paths", "image_file", "image_files", "img_path", "img_paths", "imagepath", "imagepaths"),
+}
+MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+READ_HERE = {"conversations", "image", "images"}
+TURN_KEYS = {"from", "value"}
+BLANKS = re.compile(r"[ \t\r\n]*")
+
+CACHE_FORMAT = 1  # part of the cache key: raise it whenever the same file must give other rows than before
+ERRORS_SHOWN = 5
+STREAM_PEEK = 1000  # rows that tell a stream its columns
+# Rows are turned into Arrow before Python's garbage collector counts them as old: 1000 at once take 1.6 times as long.
+ROWS_AT_ONCE = 100
+ROWS_PER_CHUNK = 1000  # as `datasets` writes; opening a file maps some of each chunk into memory
+BLOCK = 1 << 20  # characters
+
+
+class _BadRow(ValueError):
+    def __init__(self, found: str, expected: str, remedy: str):
+        super().__init__(f"found {found}; expected {expected}. {remedy}.")
+
+
+def load_rows(
+    path: str | os.PathLike,
+    *,
+    image_folder: str | os.PathLike | None = None,
+    split: str = "train",
+    name: str | None = None,
+    streaming: bool = False,
+) -> Dataset | IterableDataset:
+    """Load training rows with the columns `messages`, `images` and whatever other columns the data has.
+
+    A `.json` file (a list of objects) or a `.jsonl` file (an object a line) is LLaVA data: `conversations` of
+    `from`/`value` turns and `image` or `images`, each a path or a list of paths; neither in a text-only row. A row
+
+        {"id": 7, "image": "7.png", "conversations": [{"from": "human", "value": "<image>\\nWhich digit?"},
+                                                      {"from": "gpt", "value": "Seven."}]}
+
+    in /data/train.json comes out as
+
+        messages  [{"role": "user", "content": [{"type": "image", "text": None},
+                                                {"type": "text", "text": "Which digit?"}]},
+                   {"role": "assistant", "content": [{"type": "text", "text": "Seven."}]}]
+        images    ["/data/7.png"]
+        id        7
+
+    An image part stands where `<image>` stood. One newline that touches a marker belongs to it (the one behind, else
+    the one in front: chat templates put it back); all other text is kept as it is; empty parts are dropped.
+
+    Other columns keep their values: a column of strings, of integers, of floats or of booleans is stored as that type,
+    any other (mixed types, lists, objects) as `datasets.Json`, so that the number 7 and the string "7" stay apart.
+    `datasets` reads floats inside a `Json` column to about 15 digits. A key that a row lacks holds None there.
+
+    Without `streaming` the file is read twice (checks and column types, then rows), in constant memory, and from then
+    on opened from the cache of `datasets`. The cache knows the file by path, size and times, so a changed file is read
+    again. Each call looks up whether the pictures exist. Of several processes that call at once the first one writes.
+
+    With `streaming` a file, a `.json` list too, is read lazily, in constant memory, as one shard (one loader worker).
+    The first 1000 rows give the names of the columns, all of type `datasets.Json`; a column that comes later is left
+    out with a warning. A bad row raises when the stream reaches it.
+
+    Anything else must have `messages`, with string or list contents, and passes through: a hub dataset id, a folder
+    that `datasets.load_dataset` reads, or one that `save_to_disk` wrote. Pictures of the type `datasets.Image` arrive
+    undecoded, as {"bytes", "path"}, so that whoever opens a broken one can name it. A single `image` becomes `images`
+    of one, and a dataset without pictures gets empty `images`; without `streaming` both write a copy to the cache.
+
+    Args:
+        path: the file, folder or hub id.
+        image_folder: for a file; where relative picture paths start. Default: the folder of the file.
+        split: the split of a dataset, or a slice such as "train[:90%]". A file is one split under any name and can be
+            sliced unless it is streamed; so is a folder saved from a single `Dataset`, which cannot be sliced.
+        name: the configuration of a hub dataset.
+        streaming: return an `IterableDataset`.
+
+    Raises:
+        ValueError: rows that cannot be used (five of them with file, row, found, expected and remedy, and how many
+            more); a file that is empty or not UTF-8; a dataset without `messages`; an option that `path` cannot have.
+        FileNotFoundError: there is no such file.
+    """
+    path = os.fspath(path)
+    if path.lower().endswith((".json", ".jsonl")):
+        if name is not None:
+            raise ValueError(f"{path}: found name={name!r}; a file has no configurations. Leave it out.")
+        path = os.path.abspath(path)
+        folder = os.path.abspath(image_folder or os.path.dirname(path))
+        return (_stream_file if streaming else _load_file)(path, folder, split)
+    if image_folder is not None:
+        raise ValueError(
+            f"{path}: found image_folder={os.fspath(image_folder)!r}; expected it with a .json or .jsonl file alone, "
+            "since a dataset holds its own pictures. Leave it out, or pass the path of the LLaVA file."
+        )
+    if os.path.isfile(path):
+        raise ValueError(f"{path}: found a file; expected .json, .jsonl, a folder or a hub id. Convert or rename it.")
+    return _load_messages(path, name, split, streaming)
+
+
+def _load_file(path: str, folder: str, split: str) -> Dataset:
+    stamp = _stamp(path)
+    key = Hasher.hash((CACHE_FORMAT, path, folder, stamp))
+    cache = Path(datasets.config.HF_DATASETS_CACHE, "llava_json", f"{key}.arrow")
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{cache}.lock"):
+        cached = cache.exists()
+        if not cached:
+            features = _check(path, folder)
+            partial_file = cache.with_suffix(".partial")
+            _write(_rows(path, folder, features, is_file=bool), features, partial_file)  # bool: all were found
+            if _stamp(path) != stamp:
+                raise ValueError(f"{path}: found that the file changed while it was read. Load it again.")
+            os.replace(partial_file, cache)
+    split_name = split.partition("[")[0]
+    rows = Dataset.from_file(str(cache), split=NamedSplit(split_name))
+    if cached:
+        is_file = _file_finder()
+        if not all(map(is_file, pc.unique(pc.list_flatten(rows.data["images"])).to_pylist())):
+            _check(path, folder)  # a picture has gone since: raises, with the rows named
+    if split == split_name:
+        return rows
+    spans = ReadInstruction.from_spec(split).to_absolute({split_name: len(rows)})
+    return rows.select([row for span in spans for row in range(span.from_, span.to)])
+
+
+def _stamp(path: str) -> tuple[int, int, int]:
+    stat = os.stat(path)
+    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+
+
+def _write(rows: Iterator[dict], features: Features, target: Path) -> None:
+    schema = features.arrow_schema
+    with pa.OSFile(str(target), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        tables = (
+            pa.Table.from_pylist(batch, schema=schema) for batch in iter(lambda: list(islice(rows, ROWS_AT_ONCE)), [])
+        )
+        while chunk := list(islice(tables, ROWS_PER_CHUNK // ROWS_AT_ONCE)):
+            writer.write_table(pa.concat_tables(chunk).combine_chunks())
+
+
+def _stream_file(path: str, folder: str, split: str) -> IterableDataset:
+    if "[" in split:
+        raise ValueError(f"{path}: found split={split!r}; a stream has no slices. Load it without streaming.")
+    peek = [record for record in islice(_records(path), STREAM_PEEK) if isinstance(record, dict)]
+    features = _features({name: Json() for record in peek for name in record if name not in READ_HERE})
+    kwargs = {"path": path, "folder": folder, "features": features}
+    return IterableDataset.from_generator(_rows, features=features, gen_kwargs=kwargs, split=NamedSplit(split))
+
+
+def _check(path: str, folder: str) -> Features:
+    """Parse the whole file; raise one error for its bad rows, or return the features of its rows."""
+    is_file = _file_finder()
+    types: dict[str, set[type]] = {}
+    errors, bad = [], 0
+    for row, record in enumerate(_records(path)):
+        try:
+            _parse_row(record, folder, is_file)
+        except _BadRow as error:
+            bad += 1
+            if bad <= ERRORS_SHOWN:
+                errors.append(_describe(path, row, record, error))
+            continue
+        for name in record:
+            if name not in READ_HERE:
+                types.setdefault(name, set()).add(type(record[name]))
+    if bad > ERRORS_SHOWN:
+        errors.append(f"and {bad - ERRORS_SHOWN} more")
+    if bad:
+        raise ValueError("\n".join([f"{bad} of {row + 1} rows cannot be used:", *errors]))
+    return _features({name: _column_feature(seen - {type(None)}) for name, seen in types.items()})
+
+
+def _features(columns: dict) -> Features:
+    return Features({"messages": MESSAGES, "images": List(Value("string")), **columns})
+
+
+def _column_feature(types: set[type]):
+    simple = {str: "string", int: "int64", float: "float64", bool: "bool"}
+    if not types:
+        return Value("null")
+    return Value(simple[types.pop()]) if len(types) == 1 and types <= simple.keys() else Json()
+
+
+def _describe(path: str, row: int, record: object, error: _BadRow) -> str:
+    known = isinstance(record, dict) and record.get("id") is not None
+    return f"{path}, row {row}" + (f" (id {record['id']!r})" if known else "") + f": {error}"
+
+
+def _file_finder() -> Callable[[str], bool]:
+    """`os.path.isfile` that lists a folder once: on a network disk a lookup a picture would take minutes."""
+    listed: dict[str, set[str]] = {}
+
+    def is_file(path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in listed:
+            try:
+                listed[folder] = {entry.name for entry in os.scandir(folder) if entry.is_file()}
+            except (OSError, ValueError):
+                listed[folder] = set()
+        return name in listed[folder] or os.path.isfile(path)  # the disk may ignore case where names differ in it
+
+    return is_file
+
+
+def _rows(path: str, folder: str, features: Features, is_file: Callable[[str], bool] = os.path.isfile):
+    as_json = {name for name, feature in features.items() if isinstance(feature, Json)}
+    for row, record in enumerate(_records(path)):
+        try:
+            messages, images = _parse_row(record, folder, is_file)
+        except _BadRow as error:
+            raise ValueError(_describe(path, row, record, error)) from None
+        columns = {}
+        for name, value in record.items():
+            if name in READ_HERE:
+                continue
+            if name not in features:
+                warnings.warn(f"{path}: column {name!r} is left out: no row up to {STREAM_PEEK} has it", stacklevel=2)
+            elif name in as_json and value is not None:
+                # `datasets.Json` would take the string "7" for the number 7: hand it JSON text.
+                columns[name] = json.dumps(value, allow_nan=False)
+            else:
+                columns[name] = value
+        yield {"messages": messages, "images": images, **columns}
+
+
+def _records(path: str) -> Iterator:
+    """Yield the JSON value of each row, or a `_BadRow` where there is none, holding one block of text at a time."""
+    read = _read_lines if path.lower().endswith(".jsonl") else _read_list
+    # Not a global: `datasets` pickles the globals of a pasted cell, and a decoder cannot be pickled.
+    decoder = json.JSONDecoder(parse_int=_int64, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
+    rows = 0
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for record in read(file, partial(_decode, decoder)):
+                rows += 1
+                yield record
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}, near row {rows}: found {error}; expected UTF-8. Save the file as UTF-8.") from None
+    if not rows:
+        raise ValueError(f"{path}: found no rows; expected a list of objects (.json) or an object a line (.jsonl).")
+
+
+def _read_lines(file: TextIO, decode: Callable) -> Iterator:
+    for number, line in enumerate(file, 1):
+        text = line.strip()
+        if not text:
+            continue
+        try:
+            record, end = decode(text, 0)
+            if end < len(text):
+                raise json.JSONDecodeError("Extra data", text, end)
+        except ValueError as error:
+            record = _broken_json(number, error)
+        yield record
+
+
+def _read_list(file: TextIO, decode: Callable) -> Iterator:
+    """Read a list value by value: a file of 1 GB would take several as Python objects."""
+    text, at, line, opening = file.read(BLOCK), 0, 1, "["
+    while True:
+        try:
+            found = _next_value(text, at, opening, decode)
+        except ValueError as error:
+            # The text may just end too early. Reading twice as much each time keeps a long row linear.
+            more = isinstance(error, json.JSONDecodeError) and file.read(max(BLOCK, len(text) - at))
+            if not more and not text.strip() and opening == "[":
+                return
+            if not more:
+                yield _broken_json(line + text.count("\n", 0, getattr(error, "pos", at)), error)
+                return
+            line += text.count("\n", 0, at)
+            text, at = text[at:] + more, 0
+            continue
+        if found is None:
+            end = text.index("]", at) + 1
+            if (text[end:] + file.read(BLOCK)).strip():
+                yield _broken_json(line + text.count("\n", 0, end), ValueError("text behind the end of the list"))
+            return
+        record, at = found
+        yield record
+        opening = ","
+
+
+def _next_value(text: str, at: int, opening: str, decode: Callable) -> tuple[object, int] | None:
+    """The value behind `opening` ("[" or ",") and where it ends, or None where the list ends instead."""
+    at = BLANKS.match(text, at).end()
+    if text.startswith(opening, at):
+        at = BLANKS.match(text, at + 1).end()
+        if opening == "," or not text.startswith("]", at):
+            return decode(text, at)
+    elif opening == "[" or not text.startswith("]", at):
+        raise json.JSONDecodeError(f"Expecting {opening!r}", text, at)
+    return None
+
+
+def _decode(decoder: json.JSONDecoder, text: str, at: int) -> tuple[object, int]:
+    record, end = decoder.raw_decode(text, at)
+    if text.find("\\ud", at, end) >= 0 or text.find("\\uD", at, end) >= 0:
+        try:
+            json.dumps(record, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            half = error.object[error.start].encode("unicode_escape").decode()
+            record = _BadRow(f"half a character, {half}", "whole Unicode characters", "Remove it from the text")
+    return record, end
+
+
+def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        raise ValueError(f"one of the keys {[key for key, _ in pairs]} stands twice")
+    return record
+
+
+def _refuse_constant(constant: str):
+    raise ValueError(f"{constant} is not JSON (write null)")
+
+
+def _int64(digits: str) -> int:
+    number = int(digits)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError(f"the number {digits} does not fit in 64 bits (write it as a string)")
+    return number
+
+
+def _broken_json(line: int, error: ValueError) -> _BadRow:
+    return _BadRow(
+        f"broken JSON in line {line}: {getattr(error, 'msg', error)}",
+        "a list of objects in a .json file, one object a line in a .jsonl file",
+        "Correct the line, or the suffix of the file",
+    )
+
+
+def _parse_row(record, folder: str, is_file: Callable[[str], bool]) -> tuple[list[dict], list[str]]:
+    if isinstance(record, _BadRow):
+        raise record
+    if not isinstance(record, dict):
+        raise _BadRow(
+            f"a row of type {type(record).__name__}",
+            "an object",
+            "Write one object a row; a file that is one list ends in .json",
+        )
+    if "messages" in record:
+        raise _BadRow(
+            "the key 'messages'",
+            "'conversations' with 'from' and 'value'",
+            "Rename the keys; data in the messages format is loaded as a folder or hub dataset",
+        )
+    messages = _parse_turns(record)
+    pictures = _parse_pictures(record)
+    markers = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if markers != len(pictures):
+        raise _BadRow(
+            f"{markers} <image> in the human turns and {len(pictures)} in 'image' or 'images'",
+            "as many <image> as pictures",
+            "Write one <image> where each picture belongs, or name the missing picture",
+        )
+    pictures = [os.path.join(folder, picture) for picture in pictures]
+    for picture in pictures:
+        if not is_file(picture):
+            raise _BadRow(
+                f"no picture file at {picture}", "an existing file", f"Correct the path or --image_folder ({folder})"
+            )
+    return messages, pictures
+
+
+def _parse_turns(record: dict) -> list[dict]:
+    turns = record.get("conversations")
+    if turns is None:
+        close = difflib.get_close_matches("conversations", record, n=1, cutoff=0.8)
+        raise _BadRow(
+            f"the key {close[0]!r}" if close else f"the keys {list(record)}",
+            "the key 'conversations'",
+            "Rename the key" if close else "Give the row its conversation",
+        )
+    if not isinstance(turns, list):
+        raise _BadRow(f"'conversations' of type {type(turns).__name__}", "a list of turns", "Put the turns in a list")
+
+    messages = []
+    for number, turn in enumerate(turns):
+        if not isinstance(turn, dict):
+            raise _BadRow(
+                f"turn {number} of type {type(turn).__name__}", "an object", 'Write {"from": ..., "value": ...}'
+            )
+        if {key for key in turn if turn[key] is not None or key in TURN_KEYS} != TURN_KEYS:
+            raise _BadRow(
+                f"turn {number} with the keys {list(turn)}",
+                "'from' and 'value' alone",
+                "Rename or remove the keys; what belongs to the whole row may stand beside 'conversations'",
+            )
+        messages.append(_parse_turn(number, turn["from"], turn["value"]))
+
+    roles = [message["role"] for message in messages]
+    talk = roles[1:] if roles[:1] == ["system"] else roles
+    if not talk or talk != ["user", "assistant"] * (len(talk) // 2):
+        raise _BadRow(
+            f"the order {', '.join(turn['from'] for turn in turns)[:200] or 'of no turns'}",
+            "an optional system turn, then human and gpt in alternation, human first and gpt last",
+            "Remove or merge the turns that break the order",
+        )
+    return messages
+
+
+def _parse_turn(number: int, speaker, value) -> dict:
+    role = ROLES.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise _BadRow(f"turn {number} from {speaker!r}", "human or user, gpt or assistant, or system", "Rename it")
+    if not isinstance(value, str):
+        raise _BadRow(
+            f"turn {number} with a value of type {type(value).__name__}", "a string", "Write the text in quotes"
+        )
+    texts = MARKER.split(value)
+    if len(texts) == 1:
+        return {"role": role, "content": [{"type": "text", "text": value}]}
+    if role != "user":
+        raise _BadRow(f"<image> in turn {number} ({speaker})", "<image> in human turns only", "Move or remove it")
+    content = []
+    for position, text in enumerate(texts):
+        if position:
+            content.append({"type": "image", "text": None})
+        if text:
+            content.append({"type": "text", "text": text})
+    return {"role": role, "content": content}
+
+
+def _parse_pictures(record: dict) -> list[str]:
+    image, images = record.get("image"), record.get("images")
+    if image is not None and images is not None:
+        raise _BadRow("both 'image' and 'images'", "one of them", "Put all pictures of the row in 'images'")
+    given = images if image is None else image
+    if given is None:
+        typos = [key for key in record if key.lower() in PICTURE_TYPOS | {"image", "images"} and record[key]]
+        if typos:
+            raise _BadRow(f"the key {typos[0]!r}", "the key 'image' or 'images'", "Rename the key")
+        return []
+    pictures = [given] if isinstance(given, str) else given
+    if not isinstance(pictures, list) or not all(isinstance(picture, str) and picture for picture in pictures):
+        raise _BadRow(
+            f"{'images' if image is None else 'image'!r}: {repr(given)[:80]}",
+            "the path of a picture or a list of paths",
+            "Write paths as strings, and null or nothing in a text-only row",
+        )
+    return pictures
+
+
+def _load_messages(path: str, name: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
+    if any(os.path.isfile(os.path.join(path, marker)) for marker in ("state.json", "dataset_dict.json")):
+        rows = load_from_disk(path)
+        if "[" in split:
+            raise ValueError(f"{path}: found split={split!r}; a saved dataset has no slices. Use `Dataset.select`.")
+        if isinstance(rows, DatasetDict):
+            if split not in rows:
+                raise ValueError(
+                    f"{path}: found the splits {list(rows)}; expected {split!r} to be one. Pass its name."
+                )
+            rows = rows[split]
+        rows = rows.to_iterable_dataset() if streaming else rows
+    else:
+        rows = load_dataset(path, name, split=split, streaming=streaming)
+
+    features = rows.features.copy()
+    if "messages" not in features:
+        raise ValueError(
+            f"{path}: found the columns {list(features)}; expected 'messages' and 'images'. Where these are LLaVA "
+            "conversations, pass the path of their .json or .jsonl file."
+        )
+    column = next((name for name in ("images", "image") if name in features), None)
+    if column is not None:
+        features[column] = _undecoded(features[column])
+        if streaming:
+            rows = rows.cast_column(column, features[column])
+        else:
+            # `cast_column` would write a copy of all pictures to the cache: only the type of the same bytes changes.
+            info = rows.info.copy()
+            info.features = features
+            rows = Dataset(rows.data, info=info, split=rows.split)
+    if column == "images" and isinstance(features["images"], List | LargeList):
+        return rows
+    images = features.pop(column, Value("string"))
+    features["images"] = images if isinstance(images, List | LargeList) else List(images)
+    return rows.map(partial(_wrap_images, column), remove_columns=column, features=features)
+
+
+def _undecoded(feature):
+    if isinstance(feature, Image):
+        return replace(feature, decode=False)
+    return replace(feature, feature=_undecoded(feature.feature)) if isinstance(feature, List | LargeList) else feature
+
+
+def _wrap_images(column: str | None, row: dict) -> dict:
+    images = row[column] if column else None
+    return {"images": images if isinstance(images, list) else [] if images is None else [images]}
