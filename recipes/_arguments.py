@@ -1,0 +1,93 @@
+"""The command line that the training recipes share: data flags, parser, datasets.
+
+Here because every training recipe needs the same block, and because TRL's parser drops unknown keys in silence.
+"""
+
+from dataclasses import dataclass, field
+
+from trl import ModelConfig, ScriptArguments, TrlParser
+
+from _trainer import LlavaSFTConfig
+from collators import load_rows
+
+
+@dataclass
+class LlavaScriptArguments(ScriptArguments):
+    """TRL's `ScriptArguments` and what a row with pictures needs besides."""
+
+    image_folder: str | None = field(
+        default=None, metadata={"help": "Where relative picture paths start. Default: the folder of the JSON file."}
+    )
+    eval_dataset_name: str | None = field(
+        default=None,
+        metadata={
+            "help": "LLaVA JSON file or dataset for evaluation. Default: --dataset_test_split of --dataset_name."
+        },
+    )
+    train_on: str = field(
+        default="assistant",
+        metadata={"help": "Tokens that carry loss.", "choices": ["assistant", "last_assistant", "all"]},
+    )
+    placement: str = field(
+        default="front",
+        metadata={"help": "Pictures before a turn's text, or where they stand in it.", "choices": ["front", "keep"]},
+    )
+    overlong: str = field(
+        default="raise",
+        metadata={
+            "help": "A row whose first answer exceeds --max_length: stop, or leave it out.",
+            "choices": ["raise", "drop"],
+        },
+    )
+
+
+def recipe_parser(recipe: dict, script_arguments: type = LlavaScriptArguments) -> TrlParser:
+    """Build the parser of a training recipe: `recipe` < `--config file.yaml` < command line.
+
+    Args:
+        recipe: Default values by flag name.
+        script_arguments: `LlavaScriptArguments` or a subclass with the recipe's own flags.
+
+    Returns:
+        A parser of `(script_arguments, LlavaSFTConfig, ModelConfig)`; `--model_name_or_path` and `--dataset_name` are
+        required, abbreviated flags are refused.
+
+    Raises:
+        ValueError: `recipe` has a key that is no flag.
+    """
+    parser = TrlParser((script_arguments, LlavaSFTConfig, ModelConfig), allow_abbrev=False)
+    for action in parser._actions:
+        action.required |= action.dest in ("model_name_or_path", "dataset_name")
+    if leftovers := parser.set_defaults_with_config(**recipe):
+        raise ValueError(f"RECIPE has keys that are no flags: {' '.join(leftovers)}")
+    return parser
+
+
+def load_datasets(script_args: LlavaScriptArguments, training_args: LlavaSFTConfig) -> tuple:
+    """Load the rows to train on and, if `--eval_strategy` asks for them, those to evaluate on.
+
+    Returns:
+        `(train_dataset, eval_dataset)`; the second is None without evaluation.
+
+    Raises:
+        ValueError: Evaluation is asked for, the data is a JSON file (which has no splits), and no
+            `--eval_dataset_name` is given; or the data is streamed and `--max_steps` is not.
+    """
+    options = {
+        "image_folder": script_args.image_folder,
+        "name": script_args.dataset_config,
+        "streaming": script_args.dataset_streaming,
+    }
+    if script_args.dataset_streaming and training_args.max_steps <= 0:
+        raise ValueError("--dataset_streaming has no length: pass --max_steps, so that the schedule knows its end")
+    train = load_rows(script_args.dataset_name, split=script_args.dataset_train_split, **options)
+    if training_args.eval_strategy == "no":
+        return train, None
+    if script_args.eval_dataset_name:
+        return train, load_rows(script_args.eval_dataset_name, split=script_args.dataset_test_split, **options)
+    if script_args.dataset_name.endswith((".json", ".jsonl")):
+        raise ValueError(
+            f"--eval_strategy {training_args.eval_strategy}: {script_args.dataset_name} has no test split; pass "
+            "--eval_dataset_name with a file of held-out rows"
+        )
+    return train, load_rows(script_args.dataset_name, split=script_args.dataset_test_split, **options)

@@ -1,0 +1,245 @@
+"""`LlavaTrainer`, the one `SFTTrainer` subclass; each override names the upstream defect that it mends."""
+
+import os
+import sys
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.text import Text
+from transformers import TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from _parts import PARTS, find_part, part_of, part_table
+from collators import IGNORE_INDEX
+
+
+@dataclass
+class LlavaSFTConfig(SFTConfig):
+    """`SFTConfig` with a learning rate for each part of a LLaVA."""
+
+    projector_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the projector. Default: --learning_rate."}
+    )
+    vision_tower_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of the vision tower. Default: --learning_rate."}
+    )
+
+
+def stop_token_ids(model, processor) -> list[int]:
+    """The ids at which `generate` stops: those of the generation config, else the tokenizer's EOS."""
+    ids = model.generation_config.eos_token_id
+    if ids is None:
+        ids = processor.tokenizer.eos_token_id
+    return [ids] if isinstance(ids, int) else list(ids)
+
+
+class LlavaTrainer(SFTTrainer):
+    """`SFTTrainer` that resumes what it saved, trains parts at their own rates, and leaves a frozen tower alone.
+
+    Args:
+        model: A Llava-family model whose parts are frozen or trainable as wanted (`_parts.train_only`).
+        args: A `LlavaSFTConfig`.
+        **kwargs: As for `SFTTrainer`; `processing_class` and `data_collator` are required.
+
+    Raises:
+        ValueError: Several GPUs are visible to a plain `python` start; a flag of TRL's is set that has no effect on a
+            collator's rows; a part has a learning rate but is frozen; or the parameters are of several dtypes and no
+            autocast joins them.
+    """
+
+    def __init__(self, model, args: LlavaSFTConfig, *, processing_class, data_collator, **kwargs):
+        # TRL refuses nn.DataParallel too, after the model is on the GPU and without the line to type (trl 1.16).
+        if args.n_gpu > 1 and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one plain python process. Use them all with\n"
+                f"    accelerate launch --config_file accelerate_configs/multi_gpu.yaml {' '.join(sys.argv)}\n"
+                f"or one of them with\n    CUDA_VISIBLE_DEVICES=0 python {' '.join(sys.argv)}"
+            )
+        _check_flags(args)
+        _check_dtypes(model, args)
+        tokenizer = processing_class.tokenizer
+        # With a data collator of one's own TRL sets no pad token, and nothing sets a missing stop token (trl 1.16).
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+        model.generation_config.eos_token_id = stop_token_ids(model, processing_class)
+        super().__init__(
+            model=model, args=args, processing_class=processing_class, data_collator=data_collator, **kwargs
+        )
+        self._rates = self._part_learning_rates()
+        # enable_input_require_grads (gradient checkpointing with adapters) also hooks the embeddings of a frozen
+        # tower, which then pays for a backward pass (transformers 5.23). Needless once it only hooks what trains.
+        tower = find_part(self.model, "vision_tower")
+        if not any(parameter.requires_grad for parameter in tower.parameters()):
+            tower.forward = torch.no_grad()(tower.forward)
+        self.add_callback(_StartReport(self))
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
+        """As `Trainer.train`; the string "True" (from a command line) or "last" means the newest checkpoint."""
+        if str(resume_from_checkpoint).lower() in ("true", "last"):
+            resume_from_checkpoint = True
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Split off parameter groups for parts with a learning rate of their own; the others stay first.
+
+        Done on the finished optimizer, since `optimizers=` breaks FSDP2. Trainer has no per-part rates at all.
+        """
+        built = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        if built:
+            return optimizer
+        names = {id(parameter): name for name, parameter in (model or self.model).named_parameters()}
+        for group in list(optimizer.param_groups):
+            by_part = {part: [] for part in PARTS}
+            for parameter in group["params"]:
+                by_part[part_of(names[id(parameter)])].append(parameter)
+            group["params"] = [p for part in PARTS if self._rates[part] is None for p in by_part[part]]
+            for part in PARTS:
+                if self._rates[part] is not None and by_part[part]:
+                    optimizer.add_param_group({**group, "params": by_part[part], "lr": self._rates[part]})
+        optimizer.param_groups[:] = [group for group in optimizer.param_groups if group["params"]]
+        return optimizer
+
+    def _part_learning_rates(self) -> dict[str, float | None]:
+        rates = {
+            "vision_tower": self.args.vision_tower_learning_rate,
+            "multi_modal_projector": self.args.projector_learning_rate,
+            "language_model": None,
+        }
+        trained = {part_of(name) for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        for part, rate in rates.items():
+            if rate is not None and part not in trained:
+                flag = {
+                    "vision_tower": "--vision_tower_learning_rate",
+                    "multi_modal_projector": "--projector_learning_rate",
+                }
+                raise ValueError(
+                    f"{flag[part]} {rate}: the {part} is frozen in this run; drop the flag or train the part"
+                )
+        return rates
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
+        """Load a checkpoint's weights for real.
+
+        Trainer loads them with `strict=False` under the hub's key names, so that nothing of a Llava matches and the
+        run goes on from the base weights with a warning (huggingface/transformers#43701). Delete once that is mended.
+        """
+        if self._loads_its_own_way():
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not any((Path(resume_from_checkpoint) / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):
+            raise ValueError(
+                f"{resume_from_checkpoint} holds no optimizer state (was it written with --save_only_model?), so a "
+                "resumed run would differ in silence. To start a new run from its weights pass it as "
+                "--model_name_or_path."
+            )
+        load_weights(model or self.model, resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        """As `_load_from_checkpoint`, for `--load_best_model_at_end` (huggingface/transformers#43701)."""
+        if self._loads_its_own_way():
+            return super()._load_best_model()
+        load_weights(self.model, self.state.best_model_checkpoint)
+
+    def _loads_its_own_way(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel)
+
+
+def load_weights(model: torch.nn.Module, folder: str | os.PathLike) -> None:
+    """Load the checkpoint in `folder` into `model`, tensor for tensor, through `from_pretrained`.
+
+    Needs host memory for one float32 copy of the model, so that no stored precision is lost on the way.
+
+    Raises:
+        ValueError: A parameter is missing from the checkpoint, unknown to the model, or of another shape.
+    """
+    loaded, report = type(model).from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+    )
+    problems = {kind: sorted(map(str, keys)) for kind, keys in report.items() if keys}
+    if problems:
+        listing = "; ".join(f"{kind}: {', '.join(keys[:5])} ({len(keys)} in all)" for kind, keys in problems.items())
+        raise ValueError(f"{folder} is no checkpoint of this {type(model).__name__}: {listing}")
+    model.load_state_dict(loaded.state_dict(), strict=True)
+
+
+# What TRL does for rows that it tokenises itself; with a collator of one's own these would be ignored in silence.
+IDLE_FLAGS = {
+    "assistant_only_loss": "use --train_on",
+    "completion_only_loss": "use --train_on",
+    "shuffle_dataset": "the sampler shuffles every epoch as it is",
+    "pad_token": "set it in the checkpoint's tokenizer",
+}
+
+
+def _check_flags(args) -> None:
+    for flag, remedy in IDLE_FLAGS.items():
+        if getattr(args, flag):
+            raise ValueError(f"--{flag} has no effect on rows with pictures, which the collator reads: {remedy}")
+
+
+def _check_dtypes(model, args) -> None:
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    if len(dtypes) > 1 and not (args.bf16 or args.fp16):
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ValueError(
+            f"the frozen parts and the trained ones are of several dtypes ({found}), and neither --bf16 nor --fp16 "
+            "joins them: pass --dtype float32, or turn --bf16 on"
+        )
+
+
+class _StartReport(TrainerCallback):
+    """Print on the main process, before step 0, what is about to train."""
+
+    def __init__(self, trainer: LlavaTrainer, rows: int = 16):
+        self.trainer, self.rows = trainer, rows
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        trainer, console = self.trainer, Console()
+        rates = {part: args.learning_rate if rate is None else rate for part, rate in trainer._rates.items()}
+        console.print(part_table(trainer.model, rates))
+        world, accumulation = args.world_size, args.gradient_accumulation_steps
+        console.print(
+            f"global batch {args.train_batch_size * world * accumulation} rows = {args.train_batch_size} a device × "
+            f"{accumulation} accumulated × {world} process(es); {state.max_steps} steps"
+        )
+        rows = list(islice(iter(trainer.train_dataset), self.rows))
+        batch = trainer.data_collator(rows)
+        tokens, trained = int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORE_INDEX).sum())
+        console.print(f"{trained / tokens:.1%} of the tokens of the first {len(rows)} rows carry loss; the first row:")
+        kept = batch["attention_mask"][0].bool()
+        console.print(mark_trained(trainer.processing_class, batch["input_ids"][0][kept], batch["labels"][0][kept]))
+
+
+def mark_trained(processor, input_ids: torch.Tensor, labels: torch.Tensor) -> Text:
+    """Decode one row for a person: trained spans in green brackets, a run of image tokens as `<image>×576`.
+
+    Args:
+        processor: The processor the ids come from.
+        input_ids: `(seq,)`.
+        labels: `(seq,)`, -100 where nothing trains.
+    """
+    text, kinds = Text(), []
+    for token, label in zip(input_ids.tolist(), labels.tolist(), strict=True):
+        kind = "trained" if label != IGNORE_INDEX else "context"
+        kinds.append("image" if token == processor.image_token_id else kind)
+    start = 0
+    for end in range(1, len(kinds) + 1):
+        if end < len(kinds) and kinds[end] == kinds[start]:
+            continue
+        decoded = processor.tokenizer.decode(input_ids[start:end], skip_special_tokens=False)
+        if kinds[start] == "image":
+            text.append(f"{processor.image_token}×{end - start}", style="cyan")
+        elif kinds[start] == "trained":
+            text.append(f"[{decoded}]", style="bold green")
+        else:
+            text.append(decoded, style="dim")
+        start = end
+    return text
