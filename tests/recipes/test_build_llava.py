@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 import torch
 from PIL import Image
 from safetensors.torch import load_file
@@ -171,6 +172,33 @@ def test_tokens_rows_and_generation_settings(parts, tmp_path):
     assert processor.tokenizer.decode([476, *ids], skip_special_tokens=True) == text
     twin = (Path(build_llava.__file__).parent.parent / "collators/chat_templates/vicuna_v1.jinja").read_text()
     assert processor.chat_template == processor.tokenizer.chat_template == twin
+
+
+def test_a_sentencepiece_tokenizer_without_tokenizer_json(tmp_path):
+    """What Vicuna ships; its ids come out as SentencePiece's own, `<image>` and `<pad>` behind them."""
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text("\n".join(tiny.CORPUS * 20), encoding="utf-8")
+    save_tower(tmp_path / "tower")
+    save_language_model(tmp_path / "language_model", vocab_size=400)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "language_model" / name).unlink()
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus),
+        model_prefix=str(tmp_path / "language_model" / "tokenizer"),
+        model_type="bpe",
+        vocab_size=400,
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    settings = {"tokenizer_class": "LlamaTokenizer", "add_bos_token": True, "legacy": False}
+    (tmp_path / "language_model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = load(build(tmp_path, tmp_path / "out"))[1].tokenizer
+    original = sentencepiece.SentencePieceProcessor(str(tmp_path / "language_model" / "tokenizer.model"))
+    for text in ("USER: What is it? ASSISTANT: A red square.", "two  blanks", "é 🙂", "line\nline"):
+        assert tokenizer.encode(text) == [1, *original.encode(text)]
+    assert tokenizer.convert_tokens_to_ids(["<image>", "<pad>"]) == [400, 401]
 
 
 def test_pad_token_spare_rows_and_stop_tokens_of_the_language_model_are_kept(tmp_path):
