@@ -73,9 +73,10 @@ def read_questions(rows, columns):
 
 
 def make_table(summary):
-    table = Table("", "questions", *(measure.replace("_", " ") for measure in MEASURES))
+    measures = [measure for measure in MEASURES if summary[measure] is not None]
+    table = Table("", "questions", *(measure.replace("_", " ") for measure in measures))
     for name, scores in [("all", summary), *summary.get("groups", {}).items()]:
-        shares = ["-" if scores[measure] is None else f"{scores[measure]:.1%}" for measure in MEASURES]
+        shares = ["-" if scores[measure] is None else f"{scores[measure]:.1%}" for measure in measures]
         table.add_row(escape(name), str(scores["questions"]), *shares)
     return table
 

@@ -191,13 +191,14 @@ def test_summary_arithmetic():
 
 
 def test_table_shows_percent_and_group_names_as_they_are():
-    shares = {"exact_match": 0.98765, "exact_match_strict": 0.5, "stopped": 1.0, "scienceqa": None}
+    """A measure that applies to no question at all has no column."""
+    shares = {"exact_match": 0.98765, "exact_match_strict": 0.5, "stopped": 1.0, "scienceqa": 0.25}
     scores = {"questions": 81, **shares, "scienceqa_image": None}
     console = Console(width=120, file=io.StringIO())
-    console.print(evaluate.make_table({**scores, "groups": {"[coco]": {**scores, "questions": 9}}}))
+    console.print(evaluate.make_table({**scores, "groups": {"[coco]": {**scores, "questions": 9, "scienceqa": None}}}))
     lines = [line.replace("│", " ").split() for line in console.file.getvalue().splitlines()]
-    assert ["all", "81", "98.8%", "50.0%", "100.0%", "-", "-"] in lines
-    assert ["[coco]", "9", "98.8%", "50.0%", "100.0%", "-", "-"] in lines
+    assert ["all", "81", "98.8%", "50.0%", "100.0%", "25.0%"] in lines
+    assert ["[coco]", "9", "98.8%", "50.0%", "100.0%", "-"] in lines
 
 
 def test_records_and_summary_of_a_model_that_knows_its_lessons(trained_checkpoint, data, tmp_path):
