@@ -21,6 +21,7 @@ IGNORE_INDEX = -100
 TRAIN_ON = ("assistant", "last_assistant", "all")
 PLACEMENT = ("front", "keep")
 OVERLONG = ("raise", "drop")
+TEMPLATE_FLAGS = "(chat_template=, in recipes --chat_template_path; see collators/chat_templates/)"
 # Renders text that is already rendered, and marks what is trained of it (see LlavaDataCollator._as_segments).
 SEGMENTS_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
@@ -31,8 +32,9 @@ SEGMENTS_TEMPLATE = (
 def load_image(source: Any) -> Image.Image:
     """Decode one picture, once, to 8-bit RGB as a person would see it.
 
-    EXIF orientation is applied, transparency is laid on white, 16-bit and float pictures are scaled to 8 bits, LAB and
-    CMYK are converted, an animation gives its first frame. The image processors of transformers 5.23 do none of this:
+    EXIF orientation is applied, transparency is laid on white, 16-bit pictures are scaled to 8 bits, 32-bit integers
+    and floats from the smallest of 0…1, 0…255 and 0…65535 that holds their values; LAB and CMYK are converted, an
+    animation gives its first frame. The image processors of transformers 5.23 do none of this:
     they turn 16-bit grey white, float black, and ignore the orientation.
 
     Args:
@@ -63,8 +65,10 @@ def load_image(source: Any) -> Image.Image:
     try:
         image = data if isinstance(data, Image.Image) else Image.open(data)
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I;16") or image.mode in ("I", "F"):
-            return _scale_to_8_bits(np.asarray(image, dtype=np.float64))
+        if image.mode.startswith("I;16"):
+            return _grey(np.asarray(image) / 257)
+        if image.mode in ("I", "F"):
+            return _grey(_scale_to_8_bits(np.asarray(image, dtype=np.float64)))
         if image.mode == "LAB":
             lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
             return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
@@ -79,12 +83,16 @@ def load_image(source: Any) -> Image.Image:
         raise ValueError(f"{name}: the picture cannot be decoded ({error}). Repair or remove it.") from error
 
 
-def _scale_to_8_bits(values: np.ndarray) -> Image.Image:
+def _grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(values.round().astype(np.uint8)).convert("RGB")
+
+
+def _scale_to_8_bits(values: np.ndarray) -> np.ndarray:
+    """32-bit integers and floats do not say what white is: the smallest usual range that holds them all is taken."""
     low, high = float(values.min()), float(values.max())
     if not (low >= 0 and high <= 65535):
         raise ValueError(f"values from {low:g} to {high:g}; known ranges are 0…1, 0…255 and 0…65535")
-    factor = 255 if high <= 1 else 1 if high <= 255 else 1 / 257
-    return Image.fromarray((values * factor).round().astype(np.uint8)).convert("RGB")
+    return values * (255 if high <= 1 else 1 if high <= 255 else 1 / 257)
 
 
 class LlavaDataCollator:
@@ -92,41 +100,49 @@ class LlavaDataCollator:
 
     A row is `{"messages": [{"role", "content"}], "images": [...]}`: roles are an optional `system`, then `user` and
     `assistant` in turn; `content` is a string or a list of `{"type": "text", "text"}` and `{"type": "image"}` parts
-    (None-valued keys are ignored); `images` are sources for `load_image` in the order of the image parts. Every
-    `<image>` in a string content is a placeholder; pictures of a row whose contents are strings without any
-    placeholder go in front of its first user turn, as in TRL. Other columns are ignored; `id` names the row in errors.
+    (None-valued keys are ignored); `images` are sources for `load_image` in the order of the image parts (or `image`
+    is the only one). Every image token (`<image>`) in a string content is a placeholder; pictures of a row whose
+    contents are strings without any placeholder go in front of its first user turn, as in TRL. Other columns are
+    ignored; `id` names the row in errors.
 
     The batch holds `input_ids`, `attention_mask` and `labels`, int64 `(batch, seq)`, and every other key the processor
     returns (`pixel_values`, `image_sizes`, …), unchanged.
 
     Labels come from the template's `{% generation %}` blocks, mapped to tokens by
     `processor.apply_chat_template(..., return_assistant_tokens_mask=True)`; a template without them is rendered turn
-    by turn, and each render must be a prefix of the next. Padding is masked by `attention_mask`, not by id, since the
-    pad token may be EOS. Nothing is set on the processor, no row is changed, and a row's labels do not depend on the
-    other rows of its batch.
+    by turn, and each render must be a prefix of the next. The ids up to an answer are those of the inference prompt
+    (`add_generation_prompt=True`), which is checked once, on a made-up row. Padding is masked by `attention_mask`, not
+    by id, since the pad token may be EOS. Nothing is set on the processor, no row is changed, and a row's labels do
+    not depend on the other rows of its batch.
 
     Args:
         processor: A Llava-family processor (image processor + tokenizer with `<image>`, fast tokenizer).
         train_on: `"assistant"`: every answer and its stop token. `"last_assistant"`: the last answer of each row only.
-            `"all"`: all text; still no image token, padding or leading BOS.
+            `"all"`: all text; still no image token, padding or BOS.
         max_length: Most tokens a row may have, image tokens included. A longer row loses whole exchanges (a user turn
-            and its answer, with their pictures) from its end; an image block or an answer is never cut. Each such row
-            is logged. None: no limit.
-        placement: `"front"`: the pictures of a turn stand before its text, which is joined and stripped (LLaVA-1.5's
-            habit and what the released templates render); a turn whose several pictures stood between texts is
-            logged. `"keep"`: pictures stay where they are in the text; a template that would move them is an error.
+            and its answer, with their pictures) from its end; an image block or an answer is never cut. None: no
+            limit.
+        placement: `"front"`: the pictures of a turn stand before its text (LLaVA-1.5's habit and what the released
+            templates render). `"keep"`: pictures stay where they are in the text; a template that would move them is
+            an error.
         overlong: A row whose first answer does not fit into `max_length` is an error (`"raise"`), or is left out of
-            its batch and logged (`"drop"`).
+            its batch (`"drop"`); a batch of such rows alone becomes one made-up row of which nothing trains.
         chat_template: Rendered instead of the processor's own template.
         stop_token_ids: Ids at which `generate` stops; defaults to the tokenizer's EOS. Every trained answer must end
             in one of them.
         padding_side: `"right"` or `"left"`.
         pad_to_multiple_of: Round the batch's length up to a multiple of this many tokens.
 
+    Attributes:
+        shortened, dropped, moved, merged: Rows that lost exchanges, rows left out, rows with several pictures that
+            were taken from between texts, and answers whose leading newline became one token with the header's, so
+            far in this process. The first of each kind are named in the log.
+        marks_answers: Whether the template has `{% generation %}` blocks.
+
     Raises:
-        ValueError: On construction, if an option is outside its set, the template does not end an answer in a stop
-            token, or does not accept a picture. On a call, for a row that breaks the form above; the message names
-            the row.
+        ValueError: On construction, if an option is outside its set, or the template does not end an answer in a stop
+            token, does not accept a picture, or renders another prompt at inference than in training. On a call, for a
+            row that breaks the form above; the message names the row.
 
     Example (a picture is 4 tokens here, id 4; `USER: <image>\\nHi ASSISTANT: Yes</s>`):
         >>> batch = LlavaDataCollator(processor)([{
@@ -160,60 +176,70 @@ class LlavaDataCollator:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, known))}")
         if max_length is not None and max_length < 1:
             raise ValueError(f"max_length={max_length}: expected a positive number of tokens, or None for no limit")
+        tokenizer = processor.tokenizer
+        if stop_token_ids is None and tokenizer.eos_token_id is None:
+            raise ValueError("the tokenizer has no EOS token: pass stop_token_ids=, the ids at which generate stops")
+        stop_token_ids = tokenizer.eos_token_id if stop_token_ids is None else stop_token_ids
         self.processor = processor
         self.train_on = train_on
         self.max_length = max_length
         self.placement = placement
         self.overlong = overlong
         self.chat_template = chat_template or processor.chat_template
-        if isinstance(self.chat_template, dict):
-            self.chat_template = self.chat_template["default"]
-        if not self.chat_template:
-            raise ValueError("the processor has no chat template: pass chat_template= (see collators/chat_templates/)")
-        self.stop_token_ids = frozenset(stop_token_ids or [processor.tokenizer.eos_token_id])
+        if not isinstance(self.chat_template, str):
+            found = "several chat templates" if self.chat_template else "no chat template"
+            raise ValueError(f"the processor has {found}: pass chat_template= (see collators/chat_templates/)")
+        self.stop_token_ids = frozenset([stop_token_ids] if isinstance(stop_token_ids, int) else stop_token_ids)
         self.padding_side = padding_side
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.shortened = self.dropped = self.moved = 0
-        self._marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
+        self.shortened = self.dropped = self.moved = self.merged = 0
+        self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
         self._check_template()
 
     def __call__(self, rows: list[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """Collate `rows`; see the class for what a row and the batch hold."""
-        if len(rows) > 1 and self.processor.tokenizer.pad_token is None:
+        pads = len(rows) > 1 or self.pad_to_multiple_of is not None
+        if pads and self.processor.tokenizer.pad_token is None:
             raise ValueError(
                 "the tokenizer has no pad token: set processor.tokenizer.pad_token, to its EOS for example"
             )
         conversations = [self._read(row, index) for index, row in enumerate(rows)]
-        batch, answers = self._encode(conversations)
+        batch, answers = self._encode(conversations, pads)
         while self.max_length is not None and (batch["attention_mask"].sum(1) > self.max_length).any():
             conversations = self._shorten(conversations, batch["attention_mask"], answers)
-            batch, answers = self._encode(conversations)
+            batch, answers = self._encode(conversations, pads)
         batch["labels"] = self._label(batch, answers)
+        if conversations[0] is self._idle:
+            batch["labels"].fill_(IGNORE_INDEX)
         return batch
 
     def _read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Check a row and bring it to list contents, decoded pictures and the asked placement."""
+        if not isinstance(row, Mapping):
+            raise ValueError(f"row {index} of the batch is {type(row).__name__}; expected a mapping with `messages`")
         name = f"row {row['id']!r}" if row.get("id") is not None else f"row {index} of the batch"
-        if not isinstance(row.get("messages"), list) or not row["messages"]:
-            found = ", ".join(row)
-            raise ValueError(f"{name}: expected `messages`, a list with at least one turn; found the columns {found}")
-        sources = row.get("images") or []
-        roles = [message.get("role") for message in row["messages"]]
-        turns = roles[1:] if roles[0] == "system" else roles
-        if (
-            turns != ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2)
-            or "assistant" not in turns
-        ):
+        turns, sources = row.get("messages"), row.get("images")
+        if not (isinstance(turns, list | tuple) and turns and all(isinstance(turn, Mapping) for turn in turns)):
+            raise ValueError(
+                f"{name}: expected `messages`, a list of turns with role and content; found the columns "
+                f"{', '.join(row)} and messages of type {type(turns).__name__}"
+            )
+        if sources is None:
+            sources = [] if row.get("image") is None else [row["image"]]
+        if not isinstance(sources, list | tuple):
+            raise ValueError(f"{name}: `images` is {type(sources).__name__}; expected a list of pictures")
+        roles = [turn.get("role") for turn in turns]
+        talk = roles[1:] if roles[0] == "system" else roles
+        if talk != ["user", "assistant"] * (len(talk) // 2) + ["user"] * (len(talk) % 2) or "assistant" not in talk:
             raise ValueError(
                 f"{name}: roles are {', '.join(map(str, roles))}; expected an optional system turn, then user and "
                 "assistant in turn, with at least one answer"
             )
         image_token = self.processor.image_token
         messages = [
-            {"role": message["role"], "content": self._parts(message.get("content"), message["role"], name)}
-            for message in row["messages"]
+            {"role": turn["role"], "content": self._parts(turn.get("content"), turn["role"], name)} for turn in turns
         ]
-        strings = all(isinstance(message["content"], str) for message in row["messages"])
+        strings = all(isinstance(turn["content"], str) for turn in turns)
         count = sum(part["type"] == "image" for message in messages for part in message["content"])
         if sources and not count and strings:
             first = messages[roles.index("user")]
@@ -250,7 +276,7 @@ class LlavaDataCollator:
             return [part for part in parts if part["type"] == "image" or part["text"] or len(parts) == 1]
         if isinstance(content, str):
             content = [{"type": "text", "text": content}]
-        if not isinstance(content, list):
+        if not (isinstance(content, list | tuple) and all(isinstance(part, Mapping) for part in content)):
             raise ValueError(
                 f"{name}: a {role} turn's content is {type(content).__name__}; expected a string or parts"
             )
@@ -272,26 +298,29 @@ class LlavaDataCollator:
                 )
         return parts
 
-    def _encode(self, conversations: list[dict[str, Any]]) -> tuple[dict[str, Any], list[list[tuple[int, int]]]]:
+    def _encode(self, conversations: list[dict[str, Any]], pads: bool) -> tuple[dict[str, Any], list]:
         """Tokenise; returns the batch and, per row, the `(start, end)` positions of each answer in `input_ids`."""
+        bos = self.processor.tokenizer.bos_token
         for conversation in conversations:
-            self._render(conversation, conversation["messages"])  # a template's complaint then names its row
+            rendered = self._render(conversation, conversation["messages"])  # a template's complaint names its row
+            if bos and rendered.startswith(bos) and not self._writes_bos:
+                raise ValueError(f"{conversation['name']}: its first text begins with {bos}, so BOS would be left out")
         images = [conversation["images"] for conversation in conversations if conversation["images"]]
         batch = self.processor.apply_chat_template(
             [
-                conversation["messages"] if self._marks_answers else self._as_segments(conversation)
+                conversation["messages"] if self.marks_answers else self._as_segments(conversation)
                 for conversation in conversations
             ],
-            chat_template=self.chat_template if self._marks_answers else SEGMENTS_TEMPLATE,
+            chat_template=self.chat_template if self.marks_answers else SEGMENTS_TEMPLATE,
             tokenize=True,
             return_dict=True,
             return_assistant_tokens_mask=True,
             # Lists first: the mask's arithmetic runs over single offsets, which is slow on tensors.
             return_tensors=None,
             processor_kwargs={
-                "padding": len(conversations) > 1 or self.pad_to_multiple_of is not None,
+                "padding": pads,
                 "padding_side": self.padding_side,
-                "pad_to_multiple_of": self.pad_to_multiple_of,
+                "pad_to_multiple_of": self.pad_to_multiple_of if pads else None,
                 **({"images": images} if images else {}),
             },
         )
@@ -326,7 +355,7 @@ class LlavaDataCollator:
                 raise ValueError(
                     f"{conversation['name']}: the chat template has no generation block, and its render up to turn "
                     f"{index} is no prefix of the whole, so the answers cannot be found. Pass a training template "
-                    "(chat_template=, in recipes --chat_template_path; see collators/chat_templates/)."
+                    f"{TEMPLATE_FLAGS}."
                 )
             # A template may put a newline behind the stop token: it belongs to the next turn's header.
             body = answered.rstrip()
@@ -336,22 +365,33 @@ class LlavaDataCollator:
                 {"role": "assistant", "content": whole[len(prompt) : end]},
             ]
             done = end
-        return [*segments, {"role": "prompt", "content": whole[done:]}]
+        # Behind the last answer there may be a newline, which no token follows, or a question without an answer.
+        dangling = [{"role": "prompt", "content": whole[done:]}] if messages[-1]["role"] == "user" else []
+        return [segment for segment in segments + dangling if segment["content"]]
 
     def _check_answers(self, conversation: dict[str, Any], ids: list[int], spans: list[tuple[int, int]]) -> None:
         expected = sum(message["role"] == "assistant" for message in conversation["messages"])
         tokenizer = self.processor.tokenizer
         untrained = next((ids[end - 1] for _, end in spans if ids[end - 1] not in self.stop_token_ids), None)
         if len(spans) == expected and untrained is None:
+            answers = [message["content"] for message in conversation["messages"] if message["role"] == "assistant"]
+            for parts, (start, end) in zip(answers, spans, strict=True):
+                if parts and _newlines_ahead(tokenizer.decode(ids[start:end])) > _newlines_ahead(parts[0]["text"]) > 0:
+                    self.merged += 1
+                    self._log(
+                        self.merged,
+                        f"{conversation['name']}: an answer begins with a newline, which the tokenizer merges with "
+                        "the header's own: the model trains on another prompt than it gets at inference",
+                    )
             return
-        if untrained is not None:
+        if len(spans) == expected:
             stops = ", ".join(map(repr, tokenizer.convert_ids_to_tokens(sorted(self.stop_token_ids))))
-            found = f"trains an answer that ends in {tokenizer.decode([untrained])!r}, not in a stop token ({stops})"
+            last = tokenizer.decode([untrained])
+            found = f"trains an answer that ends in {last!r}, not in a stop token ({stops}): it never learns to stop"
         else:
             found = f"marks {len(spans)} answers where the row has {expected}"
         raise ValueError(
-            f"{conversation['name']}: the chat template {found}; a model trained so never learns to stop. Pass a "
-            "training template (chat_template=, in recipes --chat_template_path; see collators/chat_templates/), or "
+            f"{conversation['name']}: the chat template {found}. Pass a training template {TEMPLATE_FLAGS}, or "
             "stop_token_ids= if generate stops at another token."
         )
 
@@ -360,6 +400,8 @@ class LlavaDataCollator:
         kept = []
         for conversation, mask, spans in zip(conversations, attention_mask, answers, strict=True):
             length, first = int(mask.sum()), int(mask.argmax())
+            if conversation is self._idle:
+                raise ValueError(f"max_length={self.max_length}: not even a made-up exchange of {length} tokens fits")
             if length <= self.max_length:
                 kept.append(conversation)
                 continue
@@ -384,11 +426,7 @@ class LlavaDataCollator:
                 )
             self.dropped += 1
             self._log(self.dropped, f"{found}; left out of its batch")
-        if not kept:
-            raise ValueError(
-                f"no row of this batch fits into max_length={self.max_length}: raise it, or remove such rows"
-            )
-        return kept
+        return kept or [self._idle]
 
     def _label(self, batch: dict[str, Any], answers: list[list[tuple[int, int]]]) -> torch.Tensor:
         ids = batch["input_ids"]
@@ -396,9 +434,12 @@ class LlavaDataCollator:
         if self.train_on == "all":
             trained = batch["attention_mask"].bool()
             trained &= ~torch.isin(ids, torch.tensor([i for i in self.processor.image_token_ids if i is not None]))
-            first = batch["attention_mask"].argmax(1)
-            is_bos = ids.gather(1, first[:, None])[:, 0] == (self.processor.tokenizer.bos_token_id or -1)
-            trained[is_bos.nonzero()[:, 0], first[is_bos]] = False
+            bos = self.processor.tokenizer.bos_token_id
+            if bos in self.stop_token_ids:  # then only the first one of a row is no stop token
+                first = batch["attention_mask"].argmax(1, keepdim=True)
+                trained.scatter_(1, first, trained.gather(1, first) & (ids.gather(1, first) != bos))
+            elif bos is not None:
+                trained &= ids != bos
             return torch.where(trained, ids, labels)
         for row, spans in enumerate(answers):
             for start, end in spans if self.train_on == "assistant" else spans[-1:]:
@@ -406,16 +447,34 @@ class LlavaDataCollator:
         return labels
 
     def _check_template(self) -> None:
-        """Push one made-up exchange with a picture through the template, and see whether it would move a picture."""
+        """Push one made-up exchange with a picture through the template, as training and as inference do."""
         parts = [{"type": "text", "text": "before"}, {"type": "image"}, {"type": "text", "text": "behind"}]
-        made_up = {"name": "a made-up row"}
+        made_up = {"name": "a made-up row", "images": [Image.new("RGB", (64, 48))]}
         rendered = self._render(made_up, [{"role": "user", "content": parts}], add_generation_prompt=True)
-        self._moves_pictures = rendered.find(self.processor.image_token) < rendered.find("before")
-        messages = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
-            {"role": "assistant", "content": [{"type": "text", "text": "This."}]},
-        ]
-        self._encode([{**made_up, "messages": messages, "images": [Image.new("RGB", (64, 48))]}])
+        places = [rendered.find(text) for text in ("before", self.processor.image_token, "behind")]
+        self._moves_pictures = places != sorted(places)
+        bos = self.processor.tokenizer.bos_token
+        self._writes_bos = bos is not None and rendered.startswith(bos)
+
+        question = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}
+        answer = {"role": "assistant", "content": [{"type": "text", "text": "This."}]}
+        self._idle = {**made_up, "messages": [question, answer]}
+        batch, [[(start, _)]] = self._encode([self._idle], pads=False)
+        prompt = self.processor.apply_chat_template(
+            [[question]],
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"images": [made_up["images"]]},
+        )["input_ids"][0]
+        if prompt != batch["input_ids"][0, :start].tolist():
+            decode = self.processor.tokenizer.decode
+            raise ValueError(
+                f"the chat template and tokenizer feed {decode(prompt)[-40:]!r} up to an answer at inference, but "
+                f"{decode(batch['input_ids'][0, :start])[-40:]!r} in training. Pass a training template "
+                f"{TEMPLATE_FLAGS}; a tokenizer must not add EOS by itself."
+            )
 
     @staticmethod
     def _log(count: int, message: str) -> None:
@@ -425,11 +484,11 @@ class LlavaDataCollator:
 
 
 def _pictures_first(message: dict[str, Any]) -> dict[str, Any]:
-    pictures = [part for part in message["content"] if part["type"] == "image"]
-    if not pictures:
-        return message
-    text = "".join(part["text"] for part in message["content"] if part["type"] == "text").strip()
-    return {**message, "content": pictures + ([{"type": "text", "text": text}] if text else [])}
+    return {**message, "content": sorted(message["content"], key=lambda part: part["type"] != "image")}
+
+
+def _newlines_ahead(text: str) -> int:
+    return text[: len(text) - len(text.lstrip())].count("\n")
 
 
 def _has_text_before_picture(message: dict[str, Any]) -> bool:

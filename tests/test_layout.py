@@ -67,14 +67,14 @@ def test_arrows_point_from_recipes_to_collators_to_libraries(path):
     assert not imported & recipes, "no recipe imports another"
     if path.parent.name == "collators":
         assert not any(name.startswith("_") and name != "__future__" for name in imported)
-        if path.name != "__init__.py":
+        if path.name not in ("__init__.py", "templates.py"):
             assert not any(name.startswith("collators") for name in imported), "a collator file pastes into a notebook"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: f"{path.parent.name}/{path.name}")
 def test_no_path_edits_and_no_broad_excepts(path):
     source = path.read_text(encoding="utf-8")
-    assert not re.search(r"sys\.path\.(insert|append)|except( Exception)?:", source)
+    assert not re.search(r"sys\.path\b|except( (Base)?Exception( as \w+)?)?:", source)
     assert path.stem not in ("utils", "common", "data", "datasets")
 
 

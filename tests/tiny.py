@@ -9,7 +9,7 @@ from functools import cache
 
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     CLIPVisionConfig,
     LlamaConfig,
@@ -64,6 +64,31 @@ ONEVISION = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+VIP_LLAVA = (
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '###Human: '}}{% elif message['role'] =="
+    " 'assistant' %}{{ '###' + message['role'].title() + ': '}}{% endif %}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
+    "{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ content['text'] }}{% endfor %}{% endfor %}{% if add_generation_prompt %}{{ '###Assistant:' }}{% endif %}"
+)
+INTERLEAVE_QWEN = (
+    "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{# Render all text next #}{% if message['role'] != 'assistant' %}{% for content in message['content'] |"
+    " selectattr('type', 'equalto', 'text') %}{{ '\n' + content['text'] }}{% endfor %}{% else %}{% for content in"
+    " message['content'] | selectattr('type', 'equalto', 'text') %}{% generation %}{{ '\n' + content['text'] }}"
+    "{% endgeneration %}{% endfor %}{% endif %}{{'<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# LLaVA-NeXT on Llama 3: its assistant turns open with one newline more than its generation prompt.
+LLAMA_3_NEXT = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n\n'}}{# Render all images first #}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{# Render all text next #}{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
+    "{{ '\n' + content['text'] + '<|im_end|>' }}{% endfor %}{% endfor %}{% if add_generation_prompt %}"
+    "{{ '<|im_start|>assistant\n\n' }}{% endif %}"
+)
+
 CORPUS = [
     "USER: ASSISTANT: What is in the picture? A red square on a white ground. How many digits are there? Yes. No.",
     "Describe the image. The picture shows the digit seven. Is the number even or odd? It is even. [INST] [/INST]",
@@ -108,10 +133,35 @@ def llama_tokenizer() -> LlamaTokenizer:
     return tokenizer
 
 
-def make_tokenizer(kind: str = "byte", **overrides):
-    """A fresh copy of one of the two tokenizers, with e.g. `padding_side="left"` or `pad_token="</s>"` set."""
+@cache
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE cut as Qwen2's is: runs of newlines, and a mark with the newline behind it, are one token."""
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=SPECIAL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([*CORPUS, *["A.\n\nB!\n\n\nC \n\n D\n\n\nE"] * 9], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
 
-    tokenizer = copy.deepcopy({"byte": byte_tokenizer, "llama": llama_tokenizer}[kind]())
+
+def make_tokenizer(kind: str = "byte", **overrides):
+    """A fresh copy of one of the tokenizers, with e.g. `padding_side="left"` or `pad_token="</s>"` set."""
+
+    tokenizer = copy.deepcopy({"byte": byte_tokenizer, "llama": llama_tokenizer, "qwen": qwen_tokenizer}[kind]())
     for name, value in overrides.items():
         setattr(tokenizer, name, value)
     return tokenizer

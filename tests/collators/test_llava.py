@@ -14,6 +14,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 
 import collators.llava
 import tiny
@@ -21,7 +22,14 @@ from collators import LlavaDataCollator, chat_template_path, load_image, trainin
 from collators.templates import TWINS
 from tiny import assistant, picture, row, user
 
-CONVERSATIONS = ("vicuna_v1", "mistral_instruct", "llama_2", "chatml")
+CONVERSATIONS = ("vicuna_v1", "vip_llava", "mistral_instruct", "llama_2", "chatml", "interleave_qwen")
+RELEASED = [
+    (tiny.LLAVA_1_5, "vicuna_v1"),
+    (tiny.VIP_LLAVA, "vip_llava"),
+    (tiny.LLAVA_1_6_MISTRAL, "mistral_instruct"),
+    (tiny.ONEVISION, "chatml"),
+    (tiny.INTERLEAVE_QWEN, "interleave_qwen"),
+]
 SYSTEM = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
 
 
@@ -30,7 +38,7 @@ def twin(name: str) -> str:
 
 
 def make_collator(template: str = "vicuna_v1", tokenizer: str = "byte", processor: dict | None = None, **kwargs):
-    stop = "<|im_end|>" if template == "chatml" else "</s>"
+    stop = "<|im_end|>" if template in ("chatml", "interleave_qwen") else "</s>"
     built = tiny.make_processor(twin(template), tokenizer, **(processor or {}))
     kwargs.setdefault("stop_token_ids", [built.tokenizer.convert_tokens_to_ids(stop)])
     return LlavaDataCollator(built, **kwargs)
@@ -72,7 +80,9 @@ def test_literal_batch():
     ("template", "spans"),
     [
         ("vicuna_v1", [" Yes</s>", " No</s>"]),
+        ("vip_llava", [" Yes</s>", " No</s>"]),
         ("mistral_instruct", [" Yes</s>", " No</s>"]),
+        ("interleave_qwen", ["Yes<|im_end|>", "No<|im_end|>"]),
         ("llama_2", [" Yes </s>", " No </s>"]),
         ("chatml", ["Yes<|im_end|>", "No<|im_end|>"]),
     ],
@@ -138,6 +148,13 @@ def test_train_on(train_on, expected):
     assert trained(collator, collator(rows)) == expected
 
 
+def test_train_on_all_trains_no_bos():
+    """llama_2 opens every round with one."""
+    collator = make_collator("llama_2", train_on="all")
+    batch = collator([row(user("Hi"), assistant("Yes"), user("And?"), assistant("No"))])
+    assert trained(collator, batch) == ["[INST] Hi [/INST] Yes </s>", "[INST] And? [/INST] No </s>"]
+
+
 def test_train_on_all_keeps_the_stop_token_of_a_tokenizer_whose_bos_is_its_eos():
     collator = make_collator(train_on="all", processor={"bos_token": "</s>"})
     batch = collator([row(user("Hi"), assistant("Yes"))])
@@ -191,7 +208,7 @@ def test_a_missing_pad_token_is_named():
 @pytest.mark.parametrize("tokenizer", ["byte", "llama"])
 @pytest.mark.parametrize(
     ("released", "name"),
-    [(tiny.LLAVA_1_5, "vicuna_v1"), (tiny.LLAVA_1_6_MISTRAL, "mistral_instruct"), (tiny.ONEVISION, "chatml")],
+    RELEASED,
 )
 @pytest.mark.parametrize("images", [0, 1, 2])
 @pytest.mark.parametrize("system", [False, True])
@@ -215,7 +232,7 @@ def test_twin_has_the_released_prompt(released, name, tokenizer, images, system)
 
 @pytest.mark.parametrize(
     ("released", "name"),
-    [(tiny.LLAVA_1_5, "vicuna_v1"), (tiny.LLAVA_1_6_MISTRAL, "mistral_instruct"), (tiny.ONEVISION, "chatml")],
+    RELEASED,
 )
 def test_the_twin_of_a_released_template_is_found(released, name):
     assert training_chat_template(tiny.make_processor(released)) == twin(name)
@@ -239,6 +256,8 @@ def test_chat_template_errors(tmp_path):
         training_chat_template(tiny.make_processor(), tmp_path / "none.jinja")
     with pytest.raises(ValueError, match="no chat template: pass --chat_template_path"):
         training_chat_template(tiny.make_processor(chat_template=None))
+    with pytest.raises(ValueError, match=r"several chat templates \(default, rag\): pass --chat_template_path"):
+        training_chat_template(tiny.make_processor(chat_template={"default": "", "rag": ""}))
     with pytest.raises(ValueError, match="expected one of vicuna_v1"):
         chat_template_path("vicuna")
 
@@ -248,12 +267,14 @@ def test_every_template_file_is_known():
     assert found == set(TWINS)
 
 
-def test_a_template_of_trl_is_patched_by_trl():
-    """An unknown template falls through to TRL's own training twins."""
-    from trl.chat_template_utils import qwen2_5_vl_chat_template, qwen2_5_vl_training_chat_template
+def test_a_template_that_trains_a_stop_token_is_kept():
+    """Its prompts are vicuna_v1's; its answers are its own affair."""
+    own = twin("vicuna_v1").replace("' ' + texts", "' So: ' + texts")
+    assert training_chat_template(tiny.make_processor(own)) == own
 
-    processor = tiny.make_processor(qwen2_5_vl_chat_template)
-    assert training_chat_template(processor) == qwen2_5_vl_training_chat_template
+
+def test_an_unknown_template_is_left_to_the_collator():
+    assert training_chat_template(tiny.make_processor(NO_MARKS)) == NO_MARKS
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
@@ -270,7 +291,14 @@ def test_string_content_renders_like_parts(name):
 
 
 @pytest.mark.parametrize(
-    ("released", "stop"), [(tiny.LLAVA_1_5, "</s>"), (tiny.ONEVISION, "<|im_end|>")], ids=["llava-1.5", "onevision"]
+    ("released", "stop"),
+    [
+        (tiny.LLAVA_1_5, "</s>"),
+        (tiny.VIP_LLAVA, "</s>"),
+        (tiny.ONEVISION, "<|im_end|>"),
+        (tiny.INTERLEAVE_QWEN, "<|im_end|>"),
+    ],
+    ids=["llava-1.5", "vip-llava", "onevision", "interleave"],
 )
 def test_a_released_template_that_trains_no_stop_token_is_refused(released, stop):
     processor = tiny.make_processor(released)
@@ -298,6 +326,53 @@ def test_a_template_without_marks_is_split_by_prefix_renders():
     assert trained(collator, batch) == ["Yes<|im_end|>", "No<|im_end|>"]
     assert trained(collator, batch, 1) == ["<|im_end|>"]
     assert batch["input_ids"].shape[0] == 2 and batch["pixel_values"].shape[0] == 1
+
+
+def test_a_template_without_marks_may_end_in_its_stop_token():
+    """Nothing is left behind the last answer then, and nothing may be put there."""
+    template = NO_MARKS.replace("<|im_end|>\n", "<|im_end|>")
+    processor = tiny.make_processor(template)
+    collator = LlavaDataCollator(processor, stop_token_ids=processor.tokenizer.convert_tokens_to_ids("<|im_end|>"))
+    batch = collator([row(user("Hi"), assistant("Yes"))])
+    decoded = processor.tokenizer.decode(batch["input_ids"][0])
+    assert decoded == "<s><|im_start|>user\nHi<|im_end|><|im_start|>assistant\nYes<|im_end|>"
+    batch = collator([row(user("Hi"), assistant("Yes"), user("And?", images=1))])
+    assert processor.tokenizer.decode(batch["input_ids"][0]).endswith("And?<|im_end|>")
+
+
+@pytest.mark.parametrize(
+    ("template", "tokenizer"),
+    [
+        (twin("vicuna_v1").partition("{%- if add_generation_prompt")[0], {}),
+        (tiny.LLAMA_3_NEXT, {"eos_token": "<|im_end|>"}),
+    ],
+    ids=["no generation prompt", "llama-3-next"],
+)
+def test_a_template_whose_inference_prompt_differs_is_refused(template, tokenizer):
+    kind = "qwen" if tokenizer else "byte"
+    with pytest.raises(ValueError, match=r"feed .* up to an answer at inference, but .* in training"):
+        LlavaDataCollator(tiny.make_processor(template, kind, **tokenizer))
+
+
+def test_a_tokenizer_that_adds_eos_is_refused():
+    processor = tiny.make_processor(twin("vicuna_v1"))
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    with pytest.raises(ValueError, match="a tokenizer must not add EOS by itself"):
+        LlavaDataCollator(processor)
+
+
+def test_a_missing_eos_token_is_named():
+    with pytest.raises(ValueError, match="no EOS token: pass stop_token_ids="):
+        LlavaDataCollator(tiny.make_processor(twin("vicuna_v1"), eos_token=None))
+
+
+def test_a_text_that_begins_with_bos_is_refused():
+    """transformers would leave BOS out of every row of such a batch."""
+    system = {"role": "system", "content": [{"type": "text", "text": "<s> Be brief."}]}
+    with pytest.raises(ValueError, match="row 'odd': its first text begins with <s>"):
+        make_collator()([row(system, user("Hi"), assistant("Yes"), id="odd"), row(user("Hi"), assistant("Yes"))])
 
 
 @pytest.mark.parametrize(
@@ -347,7 +422,8 @@ def test_truncation_beside_other_rows(side):
     free = make_collator()
     limit = free([row(*LONG[:2])])["input_ids"].shape[1]
     collator = make_collator(max_length=limit, padding_side=side)
-    batch = collator([row(user("A"), assistant("B")), row(*LONG), row(user("C"), assistant("D"))])
+    also_long = [user("A"), assistant("B"), user("And a question as long as can be?"), assistant("N")]
+    batch = collator([row(*also_long), row(*LONG), row(user("C"), assistant("D"))])
     assert batch["input_ids"].shape == (3, limit) and batch["pixel_values"].shape[0] == 1
     assert [trained(collator, batch, i) for i in range(3)] == [[" B</s>"], [" Yes</s>"], [" D</s>"]]
 
@@ -368,8 +444,17 @@ def test_overlong_rows_are_refused_or_dropped_by_name(caplog):
     batch = collator(rows)
     assert batch["input_ids"].shape[0] == 1 and "pixel_values" not in batch
     assert collator.dropped == 1 and "row 'long'" in caplog.text
-    with pytest.raises(ValueError, match="no row of this batch fits"):
-        collator(rows[1:])
+
+
+def test_a_batch_of_overlong_rows_alone_trains_nothing(caplog):
+    """With a batch of one row, dropping it must not end the run: what stands in for it carries no loss."""
+    limit = make_collator()([row(user("What?", images=1), assistant("This."))])["input_ids"].shape[1]
+    collator = make_collator(max_length=limit, overlong="drop")
+    batch = collator([row(user("Hi " * 20), assistant("Yes"), id="long")])
+    assert (batch["labels"] == -100).all() and batch["input_ids"].shape == (1, limit)
+    assert batch["pixel_values"].shape == (1, 3, 16, 16) and "row 'long'" in caplog.text and collator.dropped == 1
+    with pytest.raises(ValueError, match="not even a made-up exchange"):
+        make_collator(max_length=4, overlong="drop")([row(user("Hi"), assistant("Yes"))])
 
 
 # Placement
@@ -406,12 +491,12 @@ def test_placement_keep_notices_a_template_that_moves_pictures():
 
 
 def test_placement_front_is_llavas_habit(caplog):
-    """Pictures first, the text joined and stripped: what LLaVA's preprocess_multimodal does for one picture."""
+    """Pictures first, the texts untouched: what the released templates render of the same parts at inference."""
     collator = make_collator()
     collator([row({"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image"}]}, assistant("Yes"))])
     assert not caplog.text
     decoded = collator.processor.tokenizer.decode(collator([interleaved()])["input_ids"][0])
-    assert decoded == "<s>USER: " + ("<image>" * 4 + "\n") * 2 + "First  then  end ASSISTANT: Yes</s>"
+    assert decoded == "<s>USER: " + ("<image>" * 4 + "\n") * 2 + "First   then   end  ASSISTANT: Yes</s>"
     assert "row 0 of the batch: pictures between texts were moved to the front" in caplog.text and collator.moved == 1
 
 
@@ -424,9 +509,11 @@ def test_rows_of_strings():
         "messages": [{"role": "user", "content": "<image>\nHi"}, {"role": "assistant", "content": "Yes"}],
         "images": [picture()],
     }
+    single = {"messages": strings["messages"], "image": picture()}
     without_placeholder = {**strings, "messages": [{"role": "user", "content": "Hi"}, strings["messages"][1]]}
     expected = collator([row(user("Hi", images=1), assistant("Yes"))])["input_ids"].tolist()
     assert collator([strings])["input_ids"].tolist() == expected
+    assert collator([single])["input_ids"].tolist() == expected and "pixel_values" in collator([single])
     assert collator([without_placeholder])["input_ids"].tolist() == expected
 
 
@@ -452,6 +539,12 @@ def test_none_keys_of_arrow_are_ignored_and_rows_are_not_changed():
     ("broken", "message"),
     [
         ({"conversations": []}, "row 5: expected `messages`"),
+        ({"messages": ["Hi", "Yes"], "images": []}, "row 5: expected `messages`"),
+        ({"messages": [{"role": "user", "content": ["Hi"]}, assistant("x")], "images": []}, "content is list"),
+        (
+            {"messages": [user("Hi", images=1), assistant("x")], "images": picture()},
+            "`images` is Image; expected a list",
+        ),
         ({"messages": [assistant("Hi")], "images": []}, "row 5: roles are assistant; expected"),
         ({"messages": [user("Hi"), user("Ho"), assistant("x")], "images": []}, "roles are user, user, assistant"),
         ({"messages": [user("Hi")], "images": []}, "at least one answer"),
@@ -543,6 +636,7 @@ def test_pictures_are_decoded_as_a_person_sees_them(tmp_path):
     frames = [picture("red", (1, 1)), picture("blue", (1, 1))]
     cases = {
         "16-bit": (encoded(grey16), [(0, 0, 0), (128, 128, 128), (255, 255, 255)]),
+        "dark 16-bit": (encoded(Image.fromarray(np.array([[0, 257]], dtype=np.uint16))), [(0, 0, 0), (1, 1, 1)]),
         "float": (
             encoded(Image.fromarray(np.array([[0.0, 0.5, 1.0]], dtype=np.float32)), "TIFF"),
             [(0,) * 3, (128,) * 3, (255,) * 3],
@@ -606,7 +700,7 @@ texts = st.text(
     exchanges=st.lists(st.tuples(texts, texts, st.integers(0, 2)), min_size=1, max_size=4),
     system=st.booleans(),
     template=st.sampled_from(CONVERSATIONS),
-    tokenizer=st.sampled_from(["byte", "llama"]),
+    tokenizer=st.sampled_from(["byte", "llama", "qwen"]),
 )
 @settings(max_examples=150, deadline=None)
 def test_exactly_the_answers_and_stop_tokens_are_trained(exchanges, system, template, tokenizer):
@@ -622,7 +716,51 @@ def test_exactly_the_answers_and_stop_tokens_are_trained(exchanges, system, temp
     encode = collator.processor.tokenizer.encode
     # What a tokenizer cannot round-trip (some blanks) is compared after one round trip of its own.
     assert answers == [decode(encode(" " + answer, add_special_tokens=False)).strip() for _, answer, _ in exchanges]
-    assert batch["input_ids"][0, 0] == collator.processor.tokenizer.bos_token_id
+    bos = collator.processor.tokenizer.bos_token_id
+    assert bos is None or batch["input_ids"][0, 0] == bos
+
+
+def test_a_newline_that_the_tokenizer_merges_with_the_header_is_logged(caplog):
+    """Nothing in the text is changed; Qwen2's tokenizer makes one token of two newlines."""
+    collator = make_collator("chatml", "qwen")
+    collator([row(user("Hi"), assistant("Yes")), row(user("Hi"), assistant("\nYes"), id="odd")])
+    assert collator.merged == 1 and "row 'odd': an answer begins with a newline" in caplog.text
+    collator = make_collator("vicuna_v1", "qwen")
+    collator([row(user("Hi"), assistant("\nYes"))])
+    assert collator.merged == 0
+
+
+blanks = st.text(alphabet=" \n.!aé", max_size=6)
+
+
+@given(
+    exchanges=st.lists(st.tuples(blanks, blanks), min_size=1, max_size=3),
+    template=st.sampled_from(CONVERSATIONS),
+    tokenizer=st.sampled_from(["byte", "llama", "qwen"]),
+)
+@settings(max_examples=200, deadline=None)
+def test_the_ids_up_to_every_answer_are_the_inference_prompt(exchanges, template, tokenizer):
+    """Blanks and newlines at the ends are what tokenizers merge across a boundary."""
+    collator = collator_of(template, tokenizer)
+    messages = [message for question, answer in exchanges for message in (user(question, images=1), assistant(answer))]
+    merged = collator.merged
+    batch = collator([row(*messages)])
+    if collator.merged > merged:
+        assert tokenizer == "qwen" and any("\n" in answer for _, answer in exchanges)
+        return
+    labels = batch["labels"][0].tolist()
+    starts = [i for i, label in enumerate(labels) if label != -100 and labels[i - 1] == -100]
+    assert len(starts) == len(exchanges)
+    for index, start in enumerate(starts):
+        prompt = collator.processor.apply_chat_template(
+            messages[: 2 * index + 1],
+            chat_template=collator.chat_template,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"images": [picture()] * (index + 1)},
+        )["input_ids"][0]
+        assert batch["input_ids"][0, :start].tolist() == prompt
 
 
 COLLATORS = {}
