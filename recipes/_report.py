@@ -1,0 +1,233 @@
+"""The quickstart's report: one HTML file that needs nothing outside itself.
+
+A file of its own because it is text and drawing, not training: the quickstart stays a pipeline one reads at a glance.
+"""
+
+import base64
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+from rich.table import Table
+
+WIDTH, HEIGHT = 400, 160  # of a chart's plotting area, in SVG units
+FOOTNOTE = (
+    "Exact match. Always the likeliest answer would score 10, 50, 10 and 60 % in the first four rows. Stage 1's "
+    "template shows the model the picture alone, so there it can be asked no second question."
+)
+# Well-formed XML too, so that a test can parse it; colours follow the reader's light or dark setting.
+TEMPLATE = """<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width, initial-scale=1"/>
+<title>LLaVA quickstart</title>
+<style>
+:root { color-scheme: light dark; --ground: #fff; --ink: #1c1d21; --quiet: #5c6068; --rule: #d5d8de; --line: #1f5fbf;
+  --good: #17703a; --bad: #b3261e; }
+@media (prefers-color-scheme: dark) { :root { --ground: #16181d; --ink: #e8eaee; --quiet: #a2a8b3; --rule: #3a3f4a;
+  --line: #7fb0ff; --good: #6fd196; --bad: #ff8f85; } }
+body { margin: 0 auto; padding: 1rem; max-width: 72rem; background: var(--ground); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; }
+h1, h2 { line-height: 1.2; }
+h2 { margin-top: 2.5rem; }
+.quiet, figcaption, dt { color: var(--quiet); }
+table { border-collapse: collapse; }
+th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; font-weight: normal; }
+td, thead th { text-align: right; font-variant-numeric: tabular-nums; }
+tbody tr:last-child > * { font-weight: bold; }
+.charts, .examples { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
+figure { margin: 0; }
+svg { width: 100%; height: auto; overflow: visible; }
+svg text { fill: var(--quiet); font-size: 15px; }
+.grid { stroke: var(--rule); }
+.loss { fill: none; stroke: var(--line); stroke-width: 2; }
+.example { display: flex; gap: 1rem; border-top: 1px solid var(--rule); padding-top: 1rem; }
+.example img { width: 6rem; height: 6rem; flex: none; image-rendering: pixelated; border: 1px solid var(--rule); }
+.example p { margin: 0 0 .3rem; font-weight: bold; }
+dl { display: grid; grid-template-columns: auto 1fr; gap: 0 .7rem; margin: 0; }
+dd { margin: 0; overflow-wrap: anywhere; }
+.right { color: var(--good); }
+.wrong { color: var(--bad); }
+pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--rule); }
+@media (max-width: 30rem) { th, td { padding-right: .4rem; font-size: .9rem; } }
+</style>
+</head>
+<body>
+<h1>LLaVA quickstart</h1>
+{% for line in findings %}<p>{{ line }}</p>
+{% endfor %}
+<h2>Held-out questions answered exactly</h2>
+<table>
+<thead><tr>{% for name in header %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in table %}<tr><th scope="row">{{ row[0] }}</th>
+{% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}</tbody>
+</table>
+<p class="quiet">{{ footnote }}</p>
+<h2>Training loss</h2>
+<div class="charts">
+{% for chart in charts %}<figure>
+<svg viewBox="-50 -10 460 200" role="img" aria-label="{{ chart.name }}: training loss by step">
+{% for place, label in chart.levels %}<line class="grid" x1="0" x2="{{ width }}" y1="{{ place }}" y2="{{ place }}"/>
+<text x="-6" y="{{ place + 5 }}" text-anchor="end">{{ label }}</text>
+{% endfor %}<polyline class="loss" points="{{ chart.points }}"/>
+<text x="0" y="{{ height + 22 }}">step {{ chart.first }}</text>
+<text x="{{ width }}" y="{{ height + 22 }}" text-anchor="end">{{ chart.last }}</text>
+</svg>
+<figcaption>{{ chart.caption }}</figcaption>
+</figure>
+{% endfor %}</div>
+<h2>Held-out pictures</h2>
+<p class="quiet">Taken at even distances from the list of questions, not chosen by their answers.</p>
+<div class="examples">
+{% for example in examples %}<div class="example">
+<img src="data:image/png;base64,{{ example.png }}" alt="handwritten digit {{ example.name }}"/>
+<div>
+<p>{{ example.question }}</p>
+<dl>{% for answer in example.answers %}<dt>{{ answer.name }}</dt>
+<dd class="{{ 'right' if answer.right else 'wrong' }}">{{ answer.text }}{{ ' ✓' if answer.right }}</dd>
+{% endfor %}<dt>reference</dt><dd>{{ example.reference }}</dd></dl>
+</div>
+</div>
+{% endfor %}</div>
+<h2>Next</h2>
+<pre>{{ next_command }}</pre>
+</body>
+</html>
+"""
+
+
+def read_answers(path: Path) -> list[dict]:
+    """The records that `evaluate.py` wrote."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def rate_kinds(answers: dict[str, list[dict]]) -> list[list[str]]:
+    """Exact match for each kind of question (`source`) and over all of them, one row each.
+
+    Args:
+        answers: Checkpoint → its records; the first checkpoint's say which kinds there are.
+
+    Returns:
+        Rows of a name, the number of questions, and the share for each checkpoint ("–" where nothing was asked).
+    """
+    first, *_ = answers.values()
+    kinds = dict.fromkeys(record["source"] for record in first)
+    rows = {kind.replace("_", " "): (kind,) for kind in kinds} | {"all": tuple(kinds)}
+    return [
+        [
+            name,
+            str(sum(record["source"] in wanted for record in first)),
+            *(
+                _share(record["exact_match"] for record in records if record["source"] in wanted)
+                for records in answers.values()
+            ),
+        ]
+        for name, wanted in rows.items()
+    ]
+
+
+def make_table(answers: dict[str, list[dict]]) -> Table:
+    """`rate_kinds` for a terminal."""
+    table = Table("held-out questions", "number", *answers, caption=FOOTNOTE)
+    for row in rate_kinds(answers):
+        table.add_row(*row)
+    return table
+
+
+def rate_titles(records: list[dict], rows: Path) -> str:
+    """Say which share of the pictures gets a title whatever is asked, and which share gets its own.
+
+    Args:
+        records: Answers to several questions a picture.
+        rows: The LLaVA JSON file with the title of each picture.
+    """
+    titles = {
+        Path(row["image"]).name: row["conversations"][1]["value"]
+        for row in json.loads(rows.read_text(encoding="utf-8"))
+    }
+    answers = {}
+    for record in records:
+        answers.setdefault(Path(record["images"][0]).name, set()).add(record["answer"])
+    titled = _share(texts <= set(titles.values()) for texts in answers.values())
+    named = _share(texts == {titles[name]} for name, texts in answers.items())
+    return (
+        f"After stage 1 {titled} of the {len(answers)} held-out pictures get a title, whatever is asked; "
+        f"for {named} it names the right digit."
+    )
+
+
+def write_report(
+    path: Path,
+    answers: dict[str, list[dict]],
+    findings: list[str],
+    stages: dict[str, Path],
+    next_command: str,
+) -> None:
+    """Write the report; every text is escaped.
+
+    Args:
+        path: The HTML file.
+        answers: Checkpoint → the records that `evaluate.py` wrote of it, about the same questions in the same order; a
+            checkpoint may have been asked the first ones only. A dozen of those that all were asked become examples.
+        findings: Paragraphs for the head of the page.
+        stages: Name of a training run → its output folder, which holds `trainer_state.json`.
+        next_command: What to type next.
+    """
+    asked = list(zip(*answers.values(), strict=False))
+    # One question further in each stride, so that all kinds come up although they follow in turn.
+    places = [place for number in range(12) if (place := number * (len(asked) // 12) + number % 4) < len(asked)]
+    environment = Environment(autoescape=True, undefined=StrictUndefined)
+    html = environment.from_string(TEMPLATE).render(
+        findings=findings,
+        header=["", "questions", *answers],
+        table=rate_kinds(answers),
+        footnote=FOOTNOTE,
+        charts=[_make_chart(name, folder) for name, folder in stages.items()],
+        examples=[_make_example(list(answers), asked[place]) for place in places],
+        next_command=next_command,
+        width=WIDTH,
+        height=HEIGHT,
+    )
+    path.write_text(html, encoding="utf-8")
+
+
+def _share(hits: Iterable[bool]) -> str:
+    hits = list(hits)
+    return f"{sum(hits) / len(hits):.1%}" if hits else "–"
+
+
+def _make_chart(name: str, folder: Path) -> dict:
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    steps, losses = zip(*((entry["step"], entry["loss"]) for entry in history if "loss" in entry), strict=True)
+    top, span = max(losses) or 1.0, max(steps[-1] - steps[0], 1)
+    points = (
+        f"{WIDTH * (step - steps[0]) / span:.1f},{HEIGHT * (1 - loss / top):.1f}"
+        for step, loss in zip(steps, losses, strict=True)
+    )
+    return {
+        "name": name,
+        "points": " ".join(points),
+        "levels": [(HEIGHT * (1 - share), f"{top * share:.2f}") for share in (0, 0.5, 1)],
+        "first": steps[0],
+        "last": steps[-1],
+        "caption": f"{name}: {losses[0]:.3f} at step {steps[0]}, {losses[-1]:.3f} at step {steps[-1]}",
+    }
+
+
+def _make_example(names: list[str], records: tuple[dict, ...]) -> dict:
+    picture = Path(records[0]["images"][0])
+    return {
+        "png": base64.b64encode(picture.read_bytes()).decode("ascii"),
+        "name": picture.stem,
+        "question": records[0]["question"],
+        "reference": records[0]["reference"],
+        "answers": [
+            {"name": name, "text": record["answer"] or "(nothing)", "right": record["exact_match"]}
+            for name, record in zip(names, records, strict=True)
+        ],
+    }

@@ -1,0 +1,119 @@
+"""The whole way to a small LLaVA on real handwritten digits: on a CPU, in minutes, with the scripts for a 7B model.
+
+Trains: a small CLIP and a small Llama from scratch, in place of the pretrained ones that a real run downloads; then
+        what recipes/pretrain_projector.py and recipes/sft_full.py train.
+Data:   scikit-learn's 1,797 scans of digits as PNG files and LLaVA JSON, 300 of them held out from all training.
+
+    python recipes/quickstart.py --output_dir quickstart_output
+
+From build_llava.py on, every step is a child process; its command is printed, and you can run it by itself. A second
+run starts over. Measured: 97.9 % of 1,936 held-out questions after stage 2, 100 % titles after stage 1 (97.7 % the right
+one), 3.6 minutes of CPU time on one of two cores.
+"""
+
+import argparse
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import rich
+import torch
+
+from _digits import QUESTIONS, rate_vision_tower, train_language_model, train_tokenizer, train_vision_tower, write_data
+from _report import make_table, rate_titles, read_answers, write_report
+from collators import chat_template_path
+
+SCALES = {
+    "full": dict(held_in=1497, held_out=300, tower_steps=1500, language_model_steps=700),
+    "small": dict(held_in=48, held_out=20, tower_steps=20, language_model_steps=20),
+}
+# SFTConfig's bf16 and checkpointing and the recipes' loader processes are for GPUs. A log line is a curve's point.
+CPU = dict(use_cpu=True, dtype="float32", bf16=False, activation_checkpointing=False, dataloader_num_workers=0)
+CPU |= dict(logging_steps=10, logging_first_step=True, save_strategy="no", report_to="none")
+# LLaVA-1.5 takes 1e-3 and 2e-5; models this small learn faster and see fewer rows.
+STAGE_1 = CPU | dict(learning_rate=3e-3, per_device_train_batch_size=16, num_train_epochs=4)
+STAGE_2 = CPU | dict(learning_rate=5e-4, per_device_train_batch_size=32, num_train_epochs=2)
+# At this size a second thread gains little on an idle machine, and on a busy one costs several times the run.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def make_parser():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
+    parser.add_argument("--output_dir", type=Path, default=Path("quickstart_output"), help="folder for everything")
+    parser.add_argument("--scale", choices=SCALES, default="full", help="small: for tests; it learns nothing")
+    return parser
+
+
+def make_command(script, **options):
+    flags = [str(text) for name, value in options.items() for text in (f"--{name}", value)]
+    return [os.path.relpath(path) for path in (sys.executable, Path(__file__).with_name(script))] + flags
+
+
+def run(script, **options):
+    command = make_command(script, **options)
+    print(f"\n$ {shlex.join(command)}", flush=True)
+    if status := subprocess.run(command, env=os.environ | ENVIRONMENT).returncode:
+        sys.exit(f"exit status {status} from\n$ {shlex.join(command)}")
+
+
+def evaluate(checkpoint, rows):
+    """Ask a checkpoint the first `rows` held-out rows; returns one record a question."""
+    folder = checkpoint.parent
+    output = folder / "answers" / f"{checkpoint.name}.jsonl"
+    questions = dict(dataset_name=folder / "data/instruct_test.json", limit=rows, batch_size=100, max_new_tokens=16)
+    run("evaluate.py", model=checkpoint, **questions, device="cpu", output=output)
+    return read_answers(output)
+
+
+def main(argv=None):
+    args = make_parser().parse_args(argv)
+    folder, scale, start = args.output_dir, SCALES[args.scale], time.monotonic()
+    mark = folder / ".quickstart"
+    if folder.exists() and any(folder.iterdir()) and not mark.exists():
+        sys.exit(f"{folder} holds something other than a quickstart's output: pass another --output_dir")
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    mark.touch()
+    torch.set_num_threads(int(ENVIRONMENT["OMP_NUM_THREADS"]))
+
+    data, clip, llama = folder / "data", folder / "clip", folder / "llama"
+    print("Writing the pictures and training the two backbones that a real run downloads.")
+    write_data(data, scale["held_in"], scale["held_out"])
+    tokenizer = train_tokenizer()
+    train_vision_tower(clip, tokenizer, data / "pretrain.json", scale["tower_steps"])
+    train_language_model(llama, tokenizer, scale["language_model_steps"])
+    rate = rate_vision_tower(clip, tokenizer, data / "pretrain_test.json")
+    print(f"The CLIP alone finds the right title for {rate:.1%} of the held-out pictures.")
+
+    init, stage_1, stage_2 = (folder / name for name in ("llava-init", "stage1", "stage2"))
+    single, every = scale["held_out"] * len(QUESTIONS), scale["held_out"] * (len(QUESTIONS) + 1)
+    run("build_llava.py", vision_tower=clip, language_model=llama, output_dir=init)
+    answers = {"before": evaluate(init, every)}
+    rows = dict(dataset_name=data / "pretrain.json")
+    run("pretrain_projector.py", model_name_or_path=init, **rows, output_dir=stage_1, **STAGE_1)
+    answers["after stage 1"] = evaluate(stage_1, single)
+    # Stage 1 leaves the template without questions in its checkpoint; stage 2 needs the one with them.
+    template = os.path.relpath(chat_template_path("vicuna_v1"))
+    rows = dict(dataset_name=data / "instruct.json", chat_template_path=template)
+    run("sft_full.py", model_name_or_path=stage_1, **rows, output_dir=stage_2, **STAGE_2)
+    answers["after stage 2"] = evaluate(stage_2, every)
+
+    picture = answers["before"][0]["images"][0]
+    next_command = shlex.join(make_command("chat.py", model=stage_2, image=os.path.relpath(picture)))
+    findings = [
+        rate_titles(answers["after stage 1"], data / "pretrain_test.json"),
+        f"{args.scale} scale, {(time.monotonic() - start) / 60:.1f} minutes on {os.cpu_count()} CPU cores.",
+    ]
+    curves = {"stage 1, the projector": stage_1, "stage 2, projector and language model": stage_2}
+    write_report(folder / "report.html", answers, findings, curves, next_command)
+    rich.print(make_table(answers), *findings, sep="\n")
+    print(f"Report: {folder / 'report.html'}\nNow talk to it:\n$ {next_command}")
+
+
+if __name__ == "__main__":
+    main()
