@@ -122,7 +122,7 @@ def write_text(rng: random.Random) -> str:
     """Make up one text for the language model: words in which a digit prevails, then its title or questions on it.
 
     Such words are to this model what a web page is to Vicuna: it learns that what precedes decides the answer. Without
-    them (titles and answers alone) a stage 1 that only trains the projector named 34 to 49 % of the digits.
+    them (titles and answers alone) a stage 1 that only trains the projector named 23 to 49 % of the digits.
     """
     digit = rng.randrange(10)
     count = rng.randint(1, (SIDE // PATCH) ** 2)
