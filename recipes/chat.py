@@ -44,6 +44,17 @@ def read_lines():
             return
 
 
+class Printer(TextStreamer):
+    """Prints an answer as it comes, without the blank that many templates put ahead of it."""
+
+    begun = False
+
+    def on_finalized_text(self, text, stream_end=False):
+        text = text if self.begun else text.lstrip()
+        self.begun = self.begun or bool(text)
+        super().on_finalized_text(text, stream_end)
+
+
 def stream_answer(model, processor, messages, images, **generation):
     """Print the answer word by word and return it; Ctrl-C ends it at the next token."""
     pressed = []
@@ -54,7 +65,7 @@ def stream_answer(model, processor, messages, images, **generation):
             processor,
             [messages],
             [images],
-            streamer=TextStreamer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
+            streamer=Printer(processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
             stopping_criteria=[lambda ids, scores, **_: torch.full(ids.shape[:1], bool(pressed), device=ids.device)],
             **generation,
         )

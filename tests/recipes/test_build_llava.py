@@ -388,7 +388,7 @@ def test_output_dir_must_be_empty_or_overwrite_be_given(parts, tmp_path):
         (["--vision_feature_layer", "-5"], "vision_feature_layer -5: CLIPVisionModel has 4 hidden states"),
         (
             ["--chat_template", "vicuna"],
-            "'vicuna': expected one of vicuna_v1, mistral_instruct, llama_2, chatml, plain",
+            "'vicuna': expected one of vicuna_v1, vip_llava, mistral_instruct, llama_2, chatml, interleave_qwen",
         ),
         # This tokenizer has no <|im_end|>, so the template's stop is no token that generate stops at.
         (["--chat_template", "chatml"], "never learns to stop"),

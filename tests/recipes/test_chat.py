@@ -89,7 +89,7 @@ def test_a_piped_talk_in_a_process_of_its_own(checkpoint, pictures):
     command = [sys.executable, str(SCRIPT), "--model", checkpoint, "--image", str(pictures / "red.png")]
     done = subprocess.run(command, input="\n".join(lines), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert [line.strip() for line in done.stdout.splitlines()] == ["Red.", "Blue.", "No"]
+    assert done.stdout.splitlines() == ["Red.", "Blue.", "No"]
     assert f"no picture added: {pictures}/missing.png" in done.stderr
     assert f"no picture added: {pictures}/broken.png" in done.stderr
     assert done.stderr.count("no picture added") == 3
