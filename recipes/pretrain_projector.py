@@ -9,7 +9,8 @@ Data:   LLaVA JSON, one picture and one caption a row (the question's words are 
         --dataset_name blip_laion_cc_sbu_558k.json --image_folder images --per_device_train_batch_size 32
 
 Writes a full checkpoint to --output_dir, and the projector alone into its folder projector/.
-Measured: not measured yet on a GPU; LLaVA-1.5 reports 3.5 hours for 558K rows on 8 A100 with the values below.
+Measured: not measured yet on a GPU (on digits: recipes/quickstart.py). LLaVA-1.5 reports 3.5 hours for 558K rows on
+8 A100 with the values below.
 """
 
 from pathlib import Path
