@@ -4,11 +4,14 @@ Here because every training recipe needs the same block, and because TRL's parse
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments, TrlParser
 
 from _trainer import LlavaSFTConfig
 from collators import load_rows
+
+SHUFFLE_BUFFER = 10_000  # rows of a stream that --shuffle_dataset draws from
 
 
 @dataclass
@@ -70,8 +73,9 @@ def load_datasets(script_args: LlavaScriptArguments, training_args: LlavaSFTConf
         `(train_dataset, eval_dataset)`; the second is None without evaluation.
 
     Raises:
-        ValueError: Evaluation is asked for, the data is a JSON file (which has no splits), and no
-            `--eval_dataset_name` is given; or the data is streamed and `--max_steps` is not.
+        ValueError: Evaluation is asked for, the data is one split (a JSON file, a saved `Dataset`), and neither
+            `--eval_dataset_name` nor a slice such as `--dataset_test_split train[90%:]` of the file is given; or the
+            data is streamed and `--max_steps` is not.
     """
     options = {
         "image_folder": script_args.image_folder,
@@ -81,13 +85,17 @@ def load_datasets(script_args: LlavaScriptArguments, training_args: LlavaSFTConf
     if script_args.dataset_streaming and training_args.max_steps <= 0:
         raise ValueError("--dataset_streaming has no length: pass --max_steps, so that the schedule knows its end")
     train = load_rows(script_args.dataset_name, split=script_args.dataset_train_split, **options)
+    if script_args.dataset_streaming and training_args.shuffle_dataset:
+        train = train.shuffle(seed=training_args.seed, buffer_size=SHUFFLE_BUFFER)
     if training_args.eval_strategy == "no":
         return train, None
     if script_args.eval_dataset_name:
         return train, load_rows(script_args.eval_dataset_name, split=script_args.dataset_test_split, **options)
-    if script_args.dataset_name.endswith((".json", ".jsonl")):
+    is_file = script_args.dataset_name.lower().endswith((".json", ".jsonl"))
+    is_single = Path(script_args.dataset_name, "state.json").is_file()
+    if is_single or (is_file and "[" not in script_args.dataset_test_split):
         raise ValueError(
-            f"--eval_strategy {training_args.eval_strategy}: {script_args.dataset_name} has no test split; pass "
-            "--eval_dataset_name with a file of held-out rows"
+            f"--eval_strategy {training_args.eval_strategy.value}: {script_args.dataset_name} has no test split; pass "
+            "--eval_dataset_name with held-out rows"
         )
     return train, load_rows(script_args.dataset_name, split=script_args.dataset_test_split, **options)

@@ -216,7 +216,7 @@ def _projector_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
     adapted = [name for name, module in projector.named_modules() if isinstance(module, BaseTunerLayer)]
     if adapted:
         raise ValueError(
-            f"the projector carries adapters on {', '.join(adapted)}: merge them first (recipes/merge_adapter.py)"
+            f"the projector carries adapters on {', '.join(adapted)}: merge them first (`merge_and_unload` of peft)"
         )
     tensors = dict(projector.named_parameters())
     for name, parameter in model.named_parameters():

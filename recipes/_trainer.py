@@ -1,12 +1,16 @@
 """`LlavaTrainer`, the one `SFTTrainer` subclass; each override names the upstream defect that it mends."""
 
+import logging
 import os
+import shlex
 import sys
+import types
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import torch
+from datasets import IterableDataset
 from peft import PeftModel
 from rich.console import Console
 from rich.text import Text
@@ -15,6 +19,8 @@ from trl import SFTConfig, SFTTrainer
 
 from _parts import PARTS, find_part, part_of, part_table
 from collators import IGNORE_INDEX
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -56,13 +62,14 @@ class LlavaTrainer(SFTTrainer):
         if args.n_gpu > 1 and len(set(getattr(model, "hf_device_map", {}).values())) < 2:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one plain python process. Use them all with\n"
-                f"    accelerate launch --config_file accelerate_configs/multi_gpu.yaml {' '.join(sys.argv)}\n"
-                f"or one of them with\n    CUDA_VISIBLE_DEVICES=0 python {' '.join(sys.argv)}"
+                f"    accelerate launch --multi_gpu --num_processes {args.n_gpu} {shlex.join(sys.argv)}\n"
+                f"or one of them with\n    CUDA_VISIBLE_DEVICES=0 python {shlex.join(sys.argv)}"
             )
-        _check_flags(args)
+        _check_flags(args, kwargs.get("train_dataset"))
         _check_dtypes(model, args)
+        _check_generation_config(model)
         tokenizer = processing_class.tokenizer
-        # With a data collator of one's own TRL sets no pad token, and nothing sets a missing stop token (trl 1.16).
+        # With a data collator of one's own TRL leaves a missing pad token missing (trl 1.16).
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
@@ -72,17 +79,16 @@ class LlavaTrainer(SFTTrainer):
             model=model, args=args, processing_class=processing_class, data_collator=data_collator, **kwargs
         )
         self._rates = self._part_learning_rates()
-        # enable_input_require_grads (gradient checkpointing with adapters) also hooks the embeddings of a frozen
-        # tower, which then pays for a backward pass (transformers 5.23). Needless once it only hooks what trains.
         tower = find_part(self.model, "vision_tower")
-        if not any(parameter.requires_grad for parameter in tower.parameters()):
-            tower.forward = torch.no_grad()(tower.forward)
+        tower.forward = types.MethodType(_forward_without_needless_gradients, tower)
         self.add_callback(_StartReport(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`; the string "True" (from a command line) or "last" means the newest checkpoint."""
+        """As `Trainer.train`; "True" (from a command line) or "last" means the newest checkpoint that is complete."""
         if str(resume_from_checkpoint).lower() in ("true", "last"):
-            resume_from_checkpoint = True
+            resume_from_checkpoint = _last_complete_checkpoint(self.args.output_dir)
+        elif str(resume_from_checkpoint).lower() == "false":
+            resume_from_checkpoint = None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -134,9 +140,9 @@ class LlavaTrainer(SFTTrainer):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not any((Path(resume_from_checkpoint) / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):
             raise ValueError(
-                f"{resume_from_checkpoint} holds no optimizer state (was it written with --save_only_model?), so a "
-                "resumed run would differ in silence. To start a new run from its weights pass it as "
-                "--model_name_or_path."
+                f"{resume_from_checkpoint} holds no optimizer state (cut short while it was written, or written with "
+                "--save_only_model), so a resumed run would differ in silence. Take an older one; to start a new run "
+                "from a --save_only_model checkpoint pass it as --model_name_or_path."
             )
         load_weights(model or self.model, resume_from_checkpoint)
 
@@ -150,10 +156,35 @@ class LlavaTrainer(SFTTrainer):
         return self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel)
 
 
+def _forward_without_needless_gradients(self, *args, **kwargs):
+    """A vision tower's forward: without gradients as long as nothing in it trains.
+
+    Gradient checkpointing hooks the embeddings of a frozen tower too (`enable_input_require_grads`), which then pays
+    for a backward pass (transformers 5.23). Delete once that hooks only what trains.
+    """
+    trains = any(parameter.requires_grad for parameter in self.parameters())
+    with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
+        return type(self).forward(self, *args, **kwargs)
+
+
+def _last_complete_checkpoint(output_dir: str) -> str:
+    """The newest checkpoint with a `trainer_state.json`, which is written last; newer ones are named in the log."""
+    numbered = sorted(
+        (int(folder.name.rpartition("-")[2]), folder)
+        for folder in Path(output_dir).glob("checkpoint-*")
+        if folder.name.rpartition("-")[2].isdigit()
+    )
+    for _, folder in reversed(numbered):
+        if (folder / "trainer_state.json").is_file():
+            return str(folder)
+        logger.warning("%s is not complete (a save was cut short); resuming from an older one", folder)
+    raise ValueError(f"--resume_from_checkpoint: {output_dir} holds no complete checkpoint; start without the flag")
+
+
 def load_weights(model: torch.nn.Module, folder: str | os.PathLike) -> None:
     """Load the checkpoint in `folder` into `model`, tensor for tensor, through `from_pretrained`.
 
-    Needs host memory for one float32 copy of the model, so that no stored precision is lost on the way.
+    Needs host memory for one float32 copy of the model a process, so that no stored precision is lost on the way.
 
     Raises:
         ValueError: A parameter is missing from the checkpoint, unknown to the model, or of another shape.
@@ -174,13 +205,29 @@ IDLE_FLAGS = {
     "completion_only_loss": "use --train_on",
     "shuffle_dataset": "the sampler shuffles every epoch as it is",
     "pad_token": "set it in the checkpoint's tokenizer",
+    "eos_token": "set it in the checkpoint's tokenizer and generation config",
+    "model_init_kwargs": "use --dtype, --attn_implementation, --model_revision",
+    "dataset_kwargs": "use --dataset_name, --dataset_config and the split flags",
+    "dataset_num_proc": "use --dataloader_num_workers",
 }
 
 
-def _check_flags(args) -> None:
+def _check_flags(args, train_dataset) -> None:
     for flag, remedy in IDLE_FLAGS.items():
+        if flag == "shuffle_dataset" and isinstance(train_dataset, IterableDataset):
+            continue  # load_datasets has shuffled the stream
         if getattr(args, flag):
             raise ValueError(f"--{flag} has no effect on rows with pictures, which the collator reads: {remedy}")
+
+
+def _check_generation_config(model) -> None:
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:
+        raise ValueError(
+            f"the checkpoint's generation config could not be saved again ({error}): mend its generation_config.json, "
+            'for example with "do_sample": true beside a temperature'
+        ) from error
 
 
 def _check_dtypes(model, args) -> None:
@@ -199,11 +246,16 @@ class _StartReport(TrainerCallback):
     def __init__(self, trainer: LlavaTrainer, rows: int = 16):
         self.trainer, self.rows = trainer, rows
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         if not state.is_world_process_zero:
             return
         trainer, console = self.trainer, Console()
         rates = {part: args.learning_rate if rate is None else rate for part, rate in trainer._rates.items()}
+        # A resumed run goes on at the rates of its checkpoint, whatever the command line says now.
+        names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+        for group in optimizer.param_groups:
+            for name in {names.get(id(parameter)) for parameter in group["params"]} - {None}:
+                rates[part_of(name)] = group.get("initial_lr", group["lr"])
         console.print(part_table(trainer.model, rates))
         world, accumulation = args.world_size, args.gradient_accumulation_steps
         console.print(

@@ -48,7 +48,9 @@ def make_parser():
 def main(argv=None):
     script_args, training_args, model_args = make_parser().parse_args_and_config(argv)
     if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError("this recipe trains whole parts: adapters and quantised models are for sft_qlora.py")
+        raise ValueError(
+            "this recipe trains whole parts: drop --use_peft, --load_in_4bit and --load_in_8bit"
+        )
 
     processor = AutoProcessor.from_pretrained(
         model_args.model_name_or_path,
@@ -88,6 +90,7 @@ def main(argv=None):
     trainer.save_state()
     if trainer.is_world_process_zero():
         save_projector(model, Path(training_args.output_dir) / "projector")
+    trainer.accelerator.wait_for_everyone()  # the first process may still be writing
     trainer.end()
 
 

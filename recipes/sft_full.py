@@ -52,7 +52,9 @@ def make_parser():
 def main(argv=None):
     script_args, training_args, model_args = make_parser().parse_args_and_config(argv)
     if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError("this recipe trains whole parts: adapters and quantised models are for sft_qlora.py")
+        raise ValueError(
+            "this recipe trains whole parts: drop --use_peft, --load_in_4bit and --load_in_8bit"
+        )
 
     processor = AutoProcessor.from_pretrained(
         model_args.model_name_or_path,
@@ -91,6 +93,7 @@ def main(argv=None):
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
+    trainer.accelerator.wait_for_everyone()  # the first process may still be writing
     trainer.end()
 
 
