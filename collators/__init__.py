@@ -1,6 +1,6 @@
 """What stands between a row on disk and a training batch. See `collators/llava.py` first."""
 
-from collators.llava import IGNORE_INDEX, LlavaDataCollator, load_image
+from collators.llava import IGNORE_INDEX, LlavaDataCollator, load_image, read_row
 from collators.llava_json import load_rows
 from collators.templates import chat_template_path, training_chat_template
 
@@ -10,5 +10,6 @@ __all__ = [
     "chat_template_path",
     "load_image",
     "load_rows",
+    "read_row",
     "training_chat_template",
 ]

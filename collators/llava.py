@@ -215,88 +215,21 @@ class LlavaDataCollator:
 
     def _read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Check a row and bring it to list contents, decoded pictures and the asked placement."""
-        if not isinstance(row, Mapping):
-            raise ValueError(f"row {index} of the batch is {type(row).__name__}; expected a mapping with `messages`")
-        name = f"row {row['id']!r}" if row.get("id") is not None else f"row {index} of the batch"
-        turns, sources = row.get("messages"), row.get("images")
-        if not (isinstance(turns, list | tuple) and turns and all(isinstance(turn, Mapping) for turn in turns)):
-            raise ValueError(
-                f"{name}: expected `messages`, a list of turns with role and content; found the columns "
-                f"{', '.join(row)} and messages of type {type(turns).__name__}"
-            )
-        if sources is None:
-            sources = [] if row.get("image") is None else [row["image"]]
-        if not isinstance(sources, list | tuple):
-            raise ValueError(f"{name}: `images` is {type(sources).__name__}; expected a list of pictures")
-        roles = [turn.get("role") for turn in turns]
-        talk = roles[1:] if roles[0] == "system" else roles
-        if talk != ["user", "assistant"] * (len(talk) // 2) + ["user"] * (len(talk) % 2) or "assistant" not in talk:
-            raise ValueError(
-                f"{name}: roles are {', '.join(map(str, roles))}; expected an optional system turn, then user and "
-                "assistant in turn, with at least one answer"
-            )
-        image_token = self.processor.image_token
-        messages = [
-            {"role": turn["role"], "content": self._parts(turn.get("content"), turn["role"], name)} for turn in turns
-        ]
-        strings = all(isinstance(turn["content"], str) for turn in turns)
-        count = sum(part["type"] == "image" for message in messages for part in message["content"])
-        if sources and not count and strings:
-            first = messages[roles.index("user")]
-            first["content"] = [{"type": "image"}] * len(sources) + first["content"]
-            count = len(sources)
-        if count != len(sources):
-            raise ValueError(
-                f"{name}: {count} image placeholder(s) for {len(sources)} picture(s); expected one "
-                f"{image_token} or image part for each entry of `images`"
-            )
-        if self.placement == "front":
-            if any(_has_text_before_picture(m) and m["content"].count({"type": "image"}) > 1 for m in messages):
-                self.moved += 1
-                self._log(self.moved, f"{name}: pictures between texts were moved to the front of their turn")
-            messages = [_pictures_first(message) for message in messages]
-        elif self._moves_pictures and any(map(_has_text_before_picture, messages)):
+        conversation = read_row(row, self.processor.image_token, placement=self.placement, index=index)
+        name = conversation["name"]
+        if conversation.pop("moved"):
+            self.moved += 1
+            self._log(self.moved, f"{name}: pictures between texts were moved to the front of their turn")
+        if self._moves_pictures and any(map(_has_text_before_picture, conversation["messages"])):
             raise ValueError(
                 f"{name}: the chat template renders the pictures of a turn before its text, but placement='keep' was "
                 "asked for. Pass a template that renders the parts in order, or placement='front'."
             )
         try:
-            images = [load_image(source) for source in sources]
+            conversation["images"] = [load_image(source) for source in conversation["images"]]
         except (ValueError, FileNotFoundError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from error
-        return {"name": name, "messages": messages, "images": images}
-
-    def _parts(self, content: Any, role: str, name: str) -> list[dict[str, str]]:
-        image_token = self.processor.image_token
-        if isinstance(content, str) and role == "user":
-            # One newline that touches a placeholder belongs to it; the templates put it back.
-            marker = re.escape(image_token)
-            texts = re.split(rf"{marker}\n|\n{marker}(?!\n)|{marker}", content)
-            parts = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})][1:]
-            return [part for part in parts if part["type"] == "image" or part["text"] or len(parts) == 1]
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        if not (isinstance(content, list | tuple) and all(isinstance(part, Mapping) for part in content)):
-            raise ValueError(
-                f"{name}: a {role} turn's content is {type(content).__name__}; expected a string or parts"
-            )
-        parts = []
-        for part in content:
-            if part.get("type") == "image" and role != "assistant":
-                parts.append({"type": "image"})
-            elif part.get("type") == "text" and isinstance(part.get("text"), str):
-                if image_token in part["text"]:
-                    raise ValueError(
-                        f"{name}: {image_token} is typed inside a {role} text; expected an image part in a user turn. "
-                        "Split the text there, or spell the word otherwise."
-                    )
-                parts.append({"type": "text", "text": part["text"]})
-            else:
-                found = {key: value for key, value in part.items() if value is not None}
-                raise ValueError(
-                    f"{name}: a {role} turn holds {found}; expected a text part or, for users, an image part"
-                )
-        return parts
+        return conversation
 
     def _encode(self, conversations: list[dict[str, Any]], pads: bool) -> tuple[dict[str, Any], list]:
         """Tokenise; returns the batch and, per row, the `(start, end)` positions of each answer in `input_ids`."""
@@ -481,6 +414,95 @@ class LlavaDataCollator:
         """Each of the first five, then every power of ten, so that a long run's log stays readable."""
         if count <= 5 or str(count).strip("0") == "1":
             logger.warning("%s (no. %d of this kind in this process)", message, count)
+
+
+def read_row(row: Mapping[str, Any], image_token: str, *, placement: str = "front", index: int = 0) -> dict[str, Any]:
+    """Check a row's form and bring it to list contents, without opening a picture.
+
+    Training and evaluation both read through here, so that they render the same prompts.
+
+    Args:
+        row: As `LlavaDataCollator` takes it.
+        image_token: The processor's, `<image>`.
+        placement: `"front"` puts the pictures of a turn before its text, `"keep"` leaves them.
+        index: Names a row without an `id` in errors.
+
+    Returns:
+        `name` of the row, `messages` with list contents, `images` as they were given, and `moved`: whether one of
+        several pictures of a turn was taken from behind a text.
+
+    Raises:
+        ValueError: The row is not of that form; the message names it.
+    """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"row {index} of the batch is {type(row).__name__}; expected a mapping with `messages`")
+    name = f"row {row['id']!r}" if row.get("id") is not None else f"row {index} of the batch"
+    turns, sources = row.get("messages"), row.get("images")
+    if not (isinstance(turns, list | tuple) and turns and all(isinstance(turn, Mapping) for turn in turns)):
+        raise ValueError(
+            f"{name}: expected `messages`, a list of turns with role and content; found the columns "
+            f"{', '.join(row)} and messages of type {type(turns).__name__}"
+        )
+    if sources is None:
+        sources = [] if row.get("image") is None else [row["image"]]
+    if not isinstance(sources, list | tuple):
+        raise ValueError(f"{name}: `images` is {type(sources).__name__}; expected a list of pictures")
+    roles = [turn.get("role") for turn in turns]
+    talk = roles[1:] if roles[0] == "system" else roles
+    if talk != ["user", "assistant"] * (len(talk) // 2) + ["user"] * (len(talk) % 2) or "assistant" not in talk:
+        raise ValueError(
+            f"{name}: roles are {', '.join(map(str, roles))}; expected an optional system turn, then user and "
+            "assistant in turn, with at least one answer"
+        )
+    messages = [
+        {"role": turn["role"], "content": _read_parts(turn.get("content"), turn["role"], name, image_token)}
+        for turn in turns
+    ]
+    strings = all(isinstance(turn["content"], str) for turn in turns)
+    count = sum(part["type"] == "image" for message in messages for part in message["content"])
+    if sources and not count and strings:
+        first = messages[roles.index("user")]
+        first["content"] = [{"type": "image"}] * len(sources) + first["content"]
+        count = len(sources)
+    if count != len(sources):
+        raise ValueError(
+            f"{name}: {count} image placeholder(s) for {len(sources)} picture(s); expected one "
+            f"{image_token} or image part for each entry of `images`"
+        )
+    moved = placement == "front" and any(
+        _has_text_before_picture(message) and message["content"].count({"type": "image"}) > 1 for message in messages
+    )
+    if placement == "front":
+        messages = [_pictures_first(message) for message in messages]
+    return {"name": name, "messages": messages, "images": list(sources), "moved": moved}
+
+
+def _read_parts(content: Any, role: str, name: str, image_token: str) -> list[dict[str, str]]:
+    if isinstance(content, str) and role == "user":
+        # One newline that touches a placeholder belongs to it; the templates put it back.
+        marker = re.escape(image_token)
+        texts = re.split(rf"{marker}\n|\n{marker}(?!\n)|{marker}", content)
+        parts = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})][1:]
+        return [part for part in parts if part["type"] == "image" or part["text"] or len(parts) == 1]
+    if isinstance(content, str):
+        content = [{"type": "text", "text": content}]
+    if not (isinstance(content, list | tuple) and all(isinstance(part, Mapping) for part in content)):
+        raise ValueError(f"{name}: a {role} turn's content is {type(content).__name__}; expected a string or parts")
+    parts = []
+    for part in content:
+        if part.get("type") == "image" and role != "assistant":
+            parts.append({"type": "image"})
+        elif part.get("type") == "text" and isinstance(part.get("text"), str):
+            if image_token in part["text"]:
+                raise ValueError(
+                    f"{name}: {image_token} is typed inside a {role} text; expected an image part in a user turn. "
+                    "Split the text there, or spell the word otherwise."
+                )
+            parts.append({"type": "text", "text": part["text"]})
+        else:
+            found = {key: value for key, value in part.items() if value is not None}
+            raise ValueError(f"{name}: a {role} turn holds {found}; expected a text part or, for users, an image part")
+    return parts
 
 
 def _pictures_first(message: dict[str, Any]) -> dict[str, Any]:

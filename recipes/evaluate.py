@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from _answers import MEASURES, add_arguments, answer, load_checkpoint, score, summarise
-from collators import load_rows
+from collators import load_rows, read_row
 
 
 def make_parser():
@@ -36,6 +36,7 @@ def make_parser():
     parser.add_argument("--dataset_name", required=True, help="LLaVA JSON, or what else collators.load_rows takes")
     parser.add_argument("--dataset_test_split", default="test", help="the split to ask, if --dataset_name has several")
     parser.add_argument("--image_folder", help="where relative picture paths start; default: the JSON file's folder")
+    parser.add_argument("--placement", default="front", choices=["front", "keep"], help="of pictures, as in training")
     parser.add_argument("--limit", type=int, help="take the first rows only")
     parser.add_argument("--output", default="answers.jsonl", help="one JSON line a question")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
@@ -43,26 +44,18 @@ def make_parser():
     return parser
 
 
-def read_questions(rows, columns):
+def read_questions(rows, columns, image_token, placement):
     """Yield (messages up to the question, their images, its record) for every assistant turn of every row."""
     for index, row in enumerate(rows):
-        name = index if row.get("id") is None else row["id"]
-        images = row["images"] or []
-        messages = [
-            {"role": turn["role"], "content": [{"type": "text", "text": turn["content"]}]}
-            if isinstance(turn["content"], str)
-            else turn
-            for turn in row["messages"]
-        ]
-        texts = ["".join(part.get("text") or "" for part in message["content"]).strip() for message in messages]
+        conversation = read_row(row, image_token, placement=placement, index=index)
+        messages, images = conversation["messages"], conversation["images"]
+        texts = ["".join(part.get("text", "") for part in message["content"]).strip() for message in messages]
         places = [sum(part["type"] == "image" for part in message["content"]) for message in messages]
-        if sum(places) != len(images):
-            raise ValueError(f"row {name!r}: {len(images)} pictures for {sum(places)} image parts; expected one each")
         ends = [end for end, message in enumerate(messages) if message["role"] == "assistant"]
         for turn, end in enumerate(ends):
             shown = images[: sum(places[:end])]
             record = {
-                "id": name,
+                "id": index if row.get("id") is None else row["id"],
                 "turn": turn,
                 **{column: row[column] for column in columns},
                 "question": texts[end - 1],
@@ -83,6 +76,8 @@ def make_table(summary):
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
+    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
+        raise ValueError(f"--batch_size {args.batch_size}, --limit {args.limit}: expected at least 1")
     output, summary_file = Path(args.output), Path(f"{args.output}.summary.json")
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"{output} exists: pass another --output, or --overwrite to replace it")
@@ -94,7 +89,8 @@ def main(argv=None):
     model, processor = load_checkpoint(args.model, args.dtype, args.device)
 
     generation = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "num_beams")}
-    questions, records = read_questions(track(rows, "rows"), columns), []
+    questions = read_questions(track(rows, "rows"), columns, processor.image_token, args.placement)
+    records = []
     output.parent.mkdir(parents=True, exist_ok=True)
     summary_file.unlink(missing_ok=True)
     with output.open("w", encoding="utf-8") as file:

@@ -349,9 +349,45 @@ def test_a_dataset_with_string_contents_and_embedded_pictures(trained_checkpoint
     [record], _ = run(trained_checkpoint, tmp_path / "text_only", tmp_path / "2.jsonl")
     assert (record["question"], record["images"], record["answer"]) == ("Which letter?", [], "B")
 
+    for number, question in enumerate(("<image>\nWhich colour?", "Which colour?")):  # as the collator reads them
+        turns[0]["content"] = question
+        rows = Dataset.from_list([{"id": "x", "messages": turns, "images": [picture]}])
+        rows.save_to_disk(tmp_path / f"strings{number}")
+        [record], _ = run(trained_checkpoint, tmp_path / f"strings{number}", tmp_path / f"{number}.strings.jsonl")
+        assert (record["question"], record["answer"]) == ("Which colour?", "Blue.")
+
+    turns[0]["content"] = "<image> and <image>"
     Dataset.from_list([{"id": "x", "messages": turns, "images": [picture]}]).save_to_disk(tmp_path / "odd")
-    with pytest.raises(ValueError, match="row 'x': 1 pictures for 0 image parts"):
+    with pytest.raises(ValueError, match=r"row 'x': 2 image placeholder\(s\) for 1 picture\(s\)"):
         run(trained_checkpoint, tmp_path / "odd", tmp_path / "3.jsonl")
+
+
+@pytest.mark.parametrize("placement", ["front", "keep"])
+def test_a_question_is_asked_with_the_ids_that_training_used(placement):
+    """Also under a template that renders the parts in the order they have, and with pictures between the words."""
+    in_order = (
+        "{% for m in messages %}{{ m['role'] + ': ' }}{% if m['role'] == 'assistant' %}{% generation %}"
+        "{{ m['content'][0]['text'] + '</s>' }}{% endgeneration %}{% else %}{% for p in m['content'] %}"
+        "{{ '<image>' if p['type'] == 'image' else p['text'] }}{% endfor %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    processor = tiny.make_processor(in_order)
+    parts = [{"type": "text", "text": "A "}, {"type": "image"}, {"type": "text", "text": " b "}, {"type": "image"}]
+    row = tiny.row({"role": "user", "content": parts}, tiny.assistant("Yes"), tiny.user("And?"), tiny.assistant("No"))
+    batch = LlavaDataCollator(processor, placement=placement)([row])
+    trained = (batch["labels"][0] != -100).tolist()
+    starts = [place for place, kept in enumerate(trained) if kept and not trained[place - 1]]
+    questions = list(evaluate.read_questions([row], [], processor.image_token, placement))
+    assert len(questions) == len(starts) == 2
+    for (messages, images, _), start in zip(questions, starts, strict=True):
+        asked = processor.apply_chat_template(
+            [messages],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            processor_kwargs={"images": [images]},
+        )["input_ids"][0]
+        assert asked == batch["input_ids"][0, :start].tolist()
 
 
 def test_an_existing_output_is_not_overwritten_unasked(random_checkpoint, data, tmp_path):
