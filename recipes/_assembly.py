@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
+from transformers.utils import logging as hf_logging
 
 logger = logging.getLogger(__name__)
 
@@ -199,7 +200,13 @@ def _load_whole(auto_class: type, source: str, dtype: str) -> PreTrainedModel:
         if auto_class is AutoModel:
             # With the vision config of a two-tower checkpoint, AutoModel takes the class that LlavaModel builds too.
             config = getattr(config, "vision_config", config)
-        model, info = auto_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+        # The library would list a CLIP's whole text tower as unexpected; what is missing is an error below.
+        verbosity = hf_logging.get_verbosity()
+        hf_logging.set_verbosity_error()
+        try:
+            model, info = auto_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+        finally:
+            hf_logging.set_verbosity(verbosity)
     except OSError as error:  # offline, the library's message leaves the name out
         raise OSError(f"{source}: {error}") from error
     if info["missing_keys"]:
