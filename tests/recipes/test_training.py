@@ -629,3 +629,41 @@ def test_adapters_are_refused(recipe, flag, base, data, tmp_path):
 def test_run_errors_say_what_to_pass(flags, message, base, data, tmp_path):
     with pytest.raises(ValueError, match=message):
         sft_full.main(command("sft_full", base(), data, tmp_path, *flags))
+
+
+class Stopped(Exception):
+    pass
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_flags_reach_the_collator_the_rows_and_the_model(recipe, base, data, tmp_path, monkeypatch):
+    """The real trainer, stopped at the door of its training loop."""
+    built = []
+
+    def stop(trainer, **kwargs):
+        built.append(trainer)
+        raise Stopped
+
+    monkeypatch.setattr(LlavaTrainer, "train", stop)
+    pictures = tmp_path / "elsewhere"
+    shutil.copytree(data, pictures, ignore=shutil.ignore_patterns("*.json*"))
+    for name in ("pretrain.json", "instruct.json"):
+        shutil.copy(data / name, tmp_path / name)
+    template = chat_template_path("plain" if recipe == "pretrain_projector" else "llama_2")
+    flags = ["--train_on", "last_assistant", "--overlong", "drop", "--max_length", "99", "--pad_to_multiple_of", "8"]
+    flags += ["--image_folder", str(pictures), "--attn_implementation", "eager", "--chat_template_path", str(template)]
+    flags += ["--eval_strategy", "steps", "--eval_dataset_name", str(tmp_path / "pretrain.json")]
+    with pytest.raises(Stopped):
+        RECIPES[recipe].main(command(recipe, base(), tmp_path, tmp_path / "out", *flags))
+    [trainer] = built
+    collator = trainer.data_collator
+    assert (collator.train_on, collator.overlong, collator.placement) == ("last_assistant", "drop", "front")
+    assert (collator.max_length, collator.pad_to_multiple_of) == (99, 8)
+    assert collator.chat_template == trainer.processing_class.chat_template == template.read_text()
+    assert trainer.model.config._attn_implementation == "eager"
+    assert trainer.train_dataset[0]["images"] == [str(pictures / "0.png")]
+    assert len(trainer.eval_dataset) == 12
+    with pytest.raises(Stopped):
+        RECIPES[recipe].main(command(recipe, base(), tmp_path, tmp_path / "out", *flags[:-4], "--placement", "keep"))
+    assert built[-1].data_collator.placement == "keep"
+    assert built[-1].eval_dataset is None
