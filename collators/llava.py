@@ -102,8 +102,8 @@ class LlavaDataCollator:
     `assistant` in turn; `content` is a string or a list of `{"type": "text", "text"}` and `{"type": "image"}` parts
     (None-valued keys are ignored); `images` are sources for `load_image` in the order of the image parts (or `image`
     is the only one). Every image token (`<image>`) in a string content is a placeholder; pictures of a row whose
-    contents are strings without any placeholder go in front of its first user turn, as in TRL. Other columns are
-    ignored; `id` names the row in errors.
+    contents are strings without any placeholder go in front of its first user turn, as in TRL. Other columns, and
+    other keys of a turn, are ignored; `id` names the row in errors.
 
     The batch holds `input_ids`, `attention_mask` and `labels`, int64 `(batch, seq)`, and every other key the processor
     returns (`pixel_values`, `image_sizes`, …), unchanged.

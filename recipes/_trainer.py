@@ -53,8 +53,8 @@ class LlavaTrainer(SFTTrainer):
 
     Raises:
         ValueError: Several GPUs are visible to a plain `python` start; a flag of TRL's is set that has no effect on a
-            collator's rows; a part has a learning rate but is frozen; or the parameters are of several dtypes and no
-            autocast joins them.
+            collator's rows; a part has a learning rate but is frozen; the parameters are of several dtypes and no
+            autocast joins them; or the generation config is one that could not be saved again.
     """
 
     def __init__(self, model, args: LlavaSFTConfig, *, processing_class, data_collator, **kwargs):

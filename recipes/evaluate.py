@@ -76,8 +76,11 @@ def make_table(summary):
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    if args.batch_size < 1 or (args.limit is not None and args.limit < 1):
-        raise ValueError(f"--batch_size {args.batch_size}, --limit {args.limit}: expected at least 1")
+    if args.batch_size < 1 or (args.limit is not None and args.limit < 1) or args.temperature < 0:
+        found = f"--batch_size {args.batch_size}, --limit {args.limit}, --temperature {args.temperature}"
+        raise ValueError(f"{found}: expected at least 1 row, 1 question, and a temperature of 0 or more")
+    if args.group_by in ("turn", "question", "reference", "images", "answer", "stopped", *MEASURES):
+        raise ValueError(f"--group_by {args.group_by}: a record's own field; rename that column of the data")
     output, summary_file = Path(args.output), Path(f"{args.output}.summary.json")
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"{output} exists: pass another --output, or --overwrite to replace it")

@@ -30,6 +30,8 @@ from transformers import (
 from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from transformers.models.llava_next.image_processing_pil_llava_next import LlavaNextImageProcessorPil
 
+from collators import LlavaDataCollator
+
 IMAGE_TOKENS = 4
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "<image>", "<|im_start|>", "<|im_end|>"]
 
@@ -255,3 +257,21 @@ def assistant(text: str) -> dict:
 def row(*messages, images=None, **columns) -> dict:
     count = sum(part["type"] == "image" for message in messages for part in message["content"])
     return {"messages": list(messages), "images": images or [picture()] * count, **columns}
+
+
+def overfit(path, processor, rows) -> str:
+    """Train a tiny model until it knows `rows` by heart, stop tokens included; save it to `path` and return that."""
+    model = make_model(processor).train()
+    batch = LlavaDataCollator(processor)(rows)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(500):
+        loss = model(**batch).loss
+        if loss < 0.01:
+            break
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss < 0.01
+    model.save_pretrained(path)
+    processor.save_pretrained(path)
+    return str(path)

@@ -28,7 +28,6 @@ BLUE_AFTER_RED = [
 def checkpoint(tmp_path_factory):
     """A tiny model that tells red from blue, remembers one turn, and says "No" to a question without a picture."""
     processor = tiny.make_processor(chat_template_path("vicuna_v1").read_text(encoding="utf-8"))
-    model = tiny.make_model(processor).train()
     no = [tiny.user("Which colour?"), tiny.assistant("No")]
     rows = [
         tiny.row(*BLUE_AFTER_RED, images=[tiny.picture("red"), tiny.picture("blue")]),
@@ -36,20 +35,7 @@ def checkpoint(tmp_path_factory):
         tiny.row(*no),
         tiny.row({"role": "system", "content": [{"type": "text", "text": "Shout."}]}, no[0], tiny.assistant("NO")),
     ]
-    batch = LlavaDataCollator(processor)(rows)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(500):
-        loss = model(**batch).loss
-        if loss < 0.01:
-            break
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.01
-    path = tmp_path_factory.mktemp("checkpoint")
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return str(path)
+    return tiny.overfit(tmp_path_factory.mktemp("checkpoint"), processor, rows)
 
 
 @pytest.fixture

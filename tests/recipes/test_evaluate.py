@@ -34,26 +34,12 @@ def random_checkpoint(tmp_path_factory):
 def trained_checkpoint(tmp_path_factory):
     """A tiny model overfitted to `LESSONS`, stop tokens included."""
     processor = tiny.make_processor(VICUNA)
-    model = tiny.make_model(processor).train()
     rows = []
     for colors, texts in LESSONS:
         turns = [tiny.assistant(text) if place % 2 else tiny.user(text) for place, text in enumerate(texts)]
         turns[0] = tiny.user(texts[0], images=len(colors))
         rows.append(tiny.row(*turns, images=[tiny.picture(color) for color in colors]))
-    batch = LlavaDataCollator(processor)(rows)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for _ in range(500):
-        loss = model(**batch).loss
-        if loss < 0.01:
-            break
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert loss < 0.01
-    path = tmp_path_factory.mktemp("trained")
-    model.save_pretrained(path)
-    processor.save_pretrained(path)
-    return str(path)
+    return tiny.overfit(tmp_path_factory.mktemp("trained"), processor, rows)
 
 
 @pytest.fixture
@@ -432,6 +418,22 @@ def test_stage_ones_template_refuses_a_row_without_a_picture(data, tmp_path):
     with pytest.raises(TemplateError, match="this row has no picture") as error:
         run(checkpoint, data, tmp_path / "2.jsonl")
     assert error.value.__notes__ == [f"{data}: in the batch of rows ['row-0', 'row-0']"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch_size", "0"], "--batch_size 0, .*expected at least 1 row"),
+        (["--limit", "-3"], "--limit -3, .*expected at least 1 row"),
+        (["--temperature", "-1"], "a temperature of 0 or more"),
+        (["--group_by", "answer"], "--group_by answer: a record's own field"),
+    ],
+)
+def test_flags_out_of_range_are_refused_and_no_output_is_touched(flags, message, random_checkpoint, data, tmp_path):
+    output = tmp_path / "answers.jsonl"
+    with pytest.raises(ValueError, match=message):
+        run(random_checkpoint, data, output, *flags)
+    assert not output.exists()
 
 
 def test_unknown_group_by_names_the_columns(random_checkpoint, data, tmp_path):
