@@ -3,12 +3,9 @@
 A file of its own beside `_trainer.py`: this is what a person reads, that is what trains.
 """
 
-from collections.abc import Iterable
 from itertools import islice
 
-import numpy as np
 import torch
-from datasets import IterableDataset
 from rich.console import Console
 from rich.text import Text
 from transformers import TrainerCallback

@@ -18,7 +18,8 @@ from pathlib import Path
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from _arguments import load_datasets, recipe_parser
-from _parts import save_projector, train_only
+from _parts import train_only
+from _projector import save_projector
 from _trainer import LlavaTrainer, stop_token_ids
 from collators import LlavaDataCollator, chat_template_path, training_chat_template
 
