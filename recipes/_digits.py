@@ -142,6 +142,16 @@ def write_text(rng: random.Random) -> str:
     )
 
 
+def train_backbones(data: Path, clip: Path, llama: Path, tower_steps: int, language_model_steps: int) -> None:
+    """Train and save a CLIP on the titles in `data` and a Llama on texts; print how well the CLIP sees."""
+    print("Training the two backbones that a real run downloads.")
+    tokenizer = train_tokenizer()
+    train_vision_tower(clip, tokenizer, data / "pretrain.json", tower_steps)
+    train_language_model(llama, tokenizer, language_model_steps)
+    rate = rate_vision_tower(clip, tokenizer, data / "pretrain_test.json")
+    print(f"The CLIP alone finds the right title for {rate:.1%} of the held-out pictures.")
+
+
 def train_tokenizer() -> PreTrainedTokenizerFast:
     """Train a byte-level BPE on the language model's kind of text; it puts BOS in front, as Llama's does."""
     backend = Tokenizer(models.BPE())

@@ -1,7 +1,7 @@
 """The whole way to a small LLaVA on real handwritten digits: on a CPU, in minutes, with the scripts for a 7B model.
 
 Trains: a small CLIP and a small Llama from scratch, in place of the pretrained ones that a real run downloads; then
-        what recipes/pretrain_projector.py and recipes/sft_full.py train.
+        what recipes/pretrain_projector.py, recipes/sft_full.py and recipes/sft_qlora.py train.
 Data:   scikit-learn's 1,797 scans of digits as PNG files and LLaVA JSON, 300 of them held out from all training.
 
     python recipes/quickstart.py --output_dir quickstart_output
@@ -23,7 +23,7 @@ from pathlib import Path
 import rich
 import torch
 
-from _digits import QUESTIONS, rate_vision_tower, train_language_model, train_tokenizer, train_vision_tower, write_data
+from _digits import QUESTIONS, train_backbones, write_data
 from _report import make_table, rate_titles, read_answers, write_report
 from collators import chat_template_path
 
@@ -37,6 +37,7 @@ CPU |= dict(logging_steps=10, logging_first_step=True, save_strategy="no", repor
 # LLaVA-1.5 takes 1e-3 and 2e-5; models this small learn faster and see fewer rows.
 STAGE_1 = CPU | dict(learning_rate=3e-3, per_device_train_batch_size=16, num_train_epochs=4)
 STAGE_2 = CPU | dict(learning_rate=5e-4, per_device_train_batch_size=32, num_train_epochs=2)
+QLORA = STAGE_2 | dict(learning_rate=3e-3, projector_learning_rate=5e-4, num_train_epochs=1, lora_r=32, lora_alpha=64)
 # At this size a second thread gains little on an idle machine, and on a busy one costs several times the run.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -49,8 +50,9 @@ def make_parser():
 
 
 def make_command(script, **options):
-    flags = [str(text) for name, value in options.items() for text in (f"--{name}", value)]
-    return [os.path.relpath(path) for path in (sys.executable, Path(__file__).with_name(script))] + flags
+    words = [Path(sys.executable), Path(__file__).with_name(script)]
+    words += [word for name, value in options.items() for word in (f"--{name}", value)]
+    return [os.path.relpath(word) if isinstance(word, Path) else str(word) for word in words]
 
 
 def run(script, **options):
@@ -82,15 +84,10 @@ def main(argv=None):
     torch.set_num_threads(int(ENVIRONMENT["OMP_NUM_THREADS"]))
 
     data, clip, llama = folder / "data", folder / "clip", folder / "llama"
-    print("Writing the pictures and training the two backbones that a real run downloads.")
     write_data(data, scale["held_in"], scale["held_out"])
-    tokenizer = train_tokenizer()
-    train_vision_tower(clip, tokenizer, data / "pretrain.json", scale["tower_steps"])
-    train_language_model(llama, tokenizer, scale["language_model_steps"])
-    rate = rate_vision_tower(clip, tokenizer, data / "pretrain_test.json")
-    print(f"The CLIP alone finds the right title for {rate:.1%} of the held-out pictures.")
+    train_backbones(data, clip, llama, scale["tower_steps"], scale["language_model_steps"])
 
-    init, stage_1, stage_2 = (folder / name for name in ("llava-init", "stage1", "stage2"))
+    init, stage_1, stage_2, qlora, merged = map(folder.joinpath, ("llava-init", "stage1", "stage2", "qlora", "merged"))
     single, every = scale["held_out"] * len(QUESTIONS), scale["held_out"] * (len(QUESTIONS) + 1)
     run("build_llava.py", vision_tower=clip, language_model=llama, output_dir=init)
     answers = {"before": evaluate(init, every)}
@@ -98,18 +95,22 @@ def main(argv=None):
     run("pretrain_projector.py", model_name_or_path=init, **rows, output_dir=stage_1, **STAGE_1)
     answers["after stage 1"] = evaluate(stage_1, single)
     # Stage 1 leaves the template without questions in its checkpoint; stage 2 needs the one with them.
-    template = os.path.relpath(chat_template_path("vicuna_v1"))
-    rows = dict(dataset_name=data / "instruct.json", chat_template_path=template)
+    rows = dict(dataset_name=data / "instruct.json", chat_template_path=chat_template_path("vicuna_v1"))
     run("sft_full.py", model_name_or_path=stage_1, **rows, output_dir=stage_2, **STAGE_2)
     answers["after stage 2"] = evaluate(stage_2, every)
+    run("sft_qlora.py", model_name_or_path=stage_1, **rows, output_dir=qlora, **QLORA)
+    answers["by QLoRA"] = evaluate(qlora, every)
+    run("merge_adapter.py", adapter=qlora, dataset_name=data / "instruct.json", device="cpu", output_dir=merged)
+    pairs = zip(answers["by QLoRA"], evaluate(merged, every), strict=True)
+    same = [adapter["answer"] == checkpoint["answer"] for adapter, checkpoint in pairs]
 
-    picture = answers["before"][0]["images"][0]
-    next_command = shlex.join(make_command("chat.py", model=stage_2, image=os.path.relpath(picture)))
+    next_command = shlex.join(make_command("chat.py", model=stage_2, image=Path(answers["before"][0]["images"][0])))
     findings = [
         rate_titles(answers["after stage 1"], data / "pretrain_test.json"),
+        f"The merged checkpoint gives the adapter's answer to {sum(same)} of {len(same)} questions.",
         f"{args.scale} scale, {(time.monotonic() - start) / 60:.1f} minutes on {os.cpu_count()} CPU cores.",
     ]
-    curves = {"stage 1, the projector": stage_1, "stage 2, projector and language model": stage_2}
+    curves = {"stage 1": stage_1, "stage 2": stage_2, "stage 2 by QLoRA": qlora}
     write_report(folder / "report.html", answers, findings, curves, next_command)
     rich.print(make_table(answers), *findings, sep="\n")
     print(f"Report: {folder / 'report.html'}\nNow talk to it:\n$ {next_command}")

@@ -179,17 +179,22 @@ def test_small_scale_runs_the_whole_pipeline_and_again_over_its_own_output(tmp_p
     assert result.returncode == 0, result.stderr[-3000:]
     assert not (folder / "stage1" / "left by a run before").exists()
 
-    for name in ("clip", "llama", "llava-init", "stage1", "stage2"):
+    for name in ("clip", "llama", "llava-init", "stage1", "stage2", "merged"):
         assert (folder / name / "model.safetensors").is_file()
     assert (folder / "stage1" / "projector" / "projector.safetensors").is_file()
+    assert (folder / "qlora" / "adapter_model.safetensors").is_file()
     held_in, held_out = (scans_of(read(folder / "data" / f"instruct{end}.json")) for end in ("", "_test"))
     assert (len(held_in), len(held_out), held_in & held_out) == (48, 20, set())
 
     answers = {
-        name: _report.read_answers(folder / "answers" / f"{name}.jsonl") for name in ("llava-init", "stage1", "stage2")
+        name: _report.read_answers(folder / "answers" / f"{name}.jsonl")
+        for name in ("llava-init", "stage1", "stage2", "qlora", "merged")
     }
     asked = {name: [(r["id"], r["turn"], r["question"]) for r in records] for name, records in answers.items()}
-    assert asked["llava-init"] == asked["stage2"]
+    assert asked["llava-init"] == asked["stage2"] == asked["qlora"] == asked["merged"]
+    assert [r["answer"] for r in answers["qlora"]] == [r["answer"] for r in answers["merged"]]
+    number = len(answers["merged"])
+    assert f"The merged checkpoint gives the adapter's answer to {number} of {number} questions." in result.stdout
     assert asked["stage1"] == asked["stage2"][:80]
     assert {scan for records in answers.values() for r in records for scan in scans_of([{"image": image_of(r)}])} == (
         held_out
@@ -198,13 +203,14 @@ def test_small_scale_runs_the_whole_pipeline_and_again_over_its_own_output(tmp_p
     commands = [line.split()[2:] for line in result.stdout.splitlines() if line.startswith("$ ")]
     assert [Path(command[0]).name for command in commands] == [
         *("build_llava.py", "evaluate.py", "pretrain_projector.py", "evaluate.py", "sft_full.py", "evaluate.py"),
+        *("sft_qlora.py", "evaluate.py", "merge_adapter.py", "evaluate.py"),
         "chat.py",
     ]
     for kind in ("which digit", "even or odd", "plus one", "greater than five", "multi turn", "all"):
-        assert re.search(rf"{kind}\W+\d+\W+[\d.]+%\W+([\d.]+%|–)\W+[\d.]+%", result.stdout), kind
+        assert re.search(rf"{kind}\W+\d+\W+[\d.]+%\W+([\d.]+%|–)\W+[\d.]+%\W+[\d.]+%", result.stdout), kind
 
     root = check_page(folder / "report.html")
-    assert len(root.findall(".//polyline")) == 2
+    assert len(root.findall(".//polyline")) == 3
     assert len({image.get("src") for image in root.iter("img")}) == 12
     assert len(root.findall(".//tbody/tr")) == 6
     assert root.find(".//pre").text.split()[1:] == commands[-1]
