@@ -25,9 +25,10 @@ from _parts import find_part
 from collators import load_image, load_rows, read_row
 
 # Root mean square of the difference that a right merge may show, as a share of that of the logits. Random models of 2
-# to 32 layers, with LoRA and DoRA of several sizes, gave at most 1.3e-6, 0.0045 and 0.026 (CPU); the bounds leave room
-# for longer sums: in the 16-bit dtypes they are 16 times the distance between 1 and the next number.
-ROUNDING = {torch.float32: 1e-4, torch.float16: 0.016, torch.bfloat16: 0.125}
+# to 32 layers, with LoRA and DoRA of several sizes, gave at most 1.3e-6, 0.0045 and 0.026 (CPU); one more, trained for
+# a few steps, 0.072 in bfloat16. The bounds leave room for wider models: in the 16-bit dtypes they are 32 times the
+# distance between 1 and the next number.
+ROUNDING = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
 
 
 def read_adapter_config(folder: str | Path) -> PeftConfig:
@@ -190,7 +191,8 @@ def judge_merge(base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor,
     if difference > ROUNDING[dtype] * size:
         raise ValueError(
             f"{line}. The difference is more than the {ROUNDING[dtype]:g} of the logits that rounding takes: the "
-            "merged model is not the one that was trained. Nothing was written."
+            "merged model is not the one that was trained. If --dtype float32 merges it, it was rounding after all. "
+            "Nothing was written."
         )
     if difference >= effect / 2:
         raise ValueError(
@@ -279,7 +281,7 @@ def upload(folder: Path, repo_id: str) -> str:
         raise OSError(
             f"{folder} is complete, but could not be uploaded to {repo_id} ({error}): once that is mended, run "
             f"hf upload {repo_id} {folder}"
-        ) from error
+        ) from None
 
 
 def _read_back(folder: Path, row: dict, device: str) -> dict:
@@ -340,7 +342,7 @@ def _match_todays_names(config: PeftConfig, model: torch.nn.Module, adapted: set
         found = {name: old.get(get_pattern_key(old, old_name(name))) for name in matched}
         setattr(config, patterns, {re.escape(name): value for name, value in found.items() if value is not None})
     config.target_modules = set(matched)
-    config.layers_to_transform = config.layers_pattern = config.exclude_modules = None
+    config.exclude_modules = None  # it is about the old names, too
 
 
 def _rms(tensor: torch.Tensor) -> float:

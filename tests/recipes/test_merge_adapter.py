@@ -216,6 +216,8 @@ def test_adapters_of_an_older_transformers_land_where_they_were(case, base, trai
         for name in ("rank_pattern", "alpha_pattern")
         if name in lora
     }
+    if rename is before_4_52:
+        patterns["exclude_modules"] = r"model\.language_model\..*"  # which no module was called then
     old = old_keys(adapter, tmp_path / "old", rename, target_modules=target_modules, **patterns)
     inputs = {"input_ids": torch.arange(5, 20)[None], "attention_mask": torch.ones(1, 15, dtype=torch.int64)}
     logits, states = [], []
@@ -418,8 +420,9 @@ def test_a_merge_that_did_nothing_or_not_all_is_refused(dtype, base, trained):
     layer.lora_B["default"].weight.data.neg_()
     wrong = compute_logits(model, inputs)
     layer.lora_B["default"].weight.data.neg_()
-    with pytest.raises(ValueError, match="not the one that was trained|would lose what was learnt"):
-        judge_merge(plain, adapted, wrong, model.dtype)
+    if dtype == "float32":  # in 16 bits one layer may hide in the roundings
+        with pytest.raises(ValueError, match="not the one that was trained. If --dtype float32 merges it"):
+            judge_merge(plain, adapted, wrong, model.dtype)
     merged = compute_logits(model.merge_and_unload(), inputs)
     assert "same most likely token at" in judge_merge(plain, adapted, merged, model.dtype)
     for broken in ((plain, adapted, merged / 0), (plain, adapted / 0, merged)):
