@@ -31,7 +31,7 @@ from _merging import (
     load_base,
     read_adapter_config,
     upload,
-    write_legacy_processor,
+    write_legacy_files,
 )
 from _projector import load_projector, save_projector
 from _trainer import stop_token_ids
@@ -51,7 +51,7 @@ def make_parser():
     )
     parser.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
     parser.add_argument("--max_shard_size", default="5GB", help="of a weights file")
-    parser.add_argument("--legacy_processor", action="store_true", help="for engines on transformers 4, too")
+    parser.add_argument("--legacy_files", action="store_true", help="add what engines on transformers 4 read")
     parser.add_argument("--push_to_hub", metavar="REPO_ID", help="upload, too; a new repository is private")
     return parser
 
@@ -65,16 +65,18 @@ def main(argv=None):
     base = args.base or (config and config.base_model_name_or_path)
     if not base or not (args.adapter or args.projector):
         raise ValueError("expected an --adapter, or a --projector, and the --base where no adapter names it")
-    if args.projector and config and "multi_modal_projector" in (config.modules_to_save or []):
+    if args.projector and config and any("multi_modal_projector" in name for name in config.modules_to_save or []):
         raise ValueError(f"{args.adapter} brings the projector that it was trained with: drop --projector")
     row = first_row(args.dataset_name, args.image_folder)
-    has_processor = args.adapter and Path(args.adapter, "processor_config.json").is_file()
-    processor = AutoProcessor.from_pretrained(args.adapter if has_processor else base)
+    own_processor = args.adapter and list(Path(args.adapter).glob("*processor_config.json"))
+    source = args.adapter if own_processor else base
+    processor = AutoProcessor.from_pretrained(source)
 
     model = load_base(base, args.dtype, None if args.base or not config else config.revision)
     size = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     print(f"{base}: {size:.3g} GB in memory ({model.dtype}), merged in place, and as much on disk")
+    print(f"{source}: processor and chat template")
     model.to(device)
     inputs = encode(processor, row, model)
     if args.projector:
@@ -99,8 +101,8 @@ def main(argv=None):
         folder = Path(unfinished, output.name)
         model.save_pretrained(folder, max_shard_size=args.max_shard_size)
         processor.save_pretrained(folder)
-        if args.legacy_processor:
-            write_legacy_processor(processor, folder)
+        if args.legacy_files:
+            write_legacy_files(processor, folder)
         kind, generation = type(model), model.generation_config
         del model  # the fresh process needs the memory
         check_saved(folder, row, inputs, logits, processor, kind, generation)
