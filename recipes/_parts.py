@@ -7,6 +7,7 @@ stand outside of them and are counted with the part that they serve.
 
 import pickle
 from collections.abc import Iterable
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -18,6 +19,7 @@ from rich.table import Table
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 OWNERS = {**{part: part for part in PARTS}, "lm_head": "language_model", "image_newline": "multi_modal_projector"}
@@ -120,13 +122,15 @@ def part_table(model: nn.Module, learning_rates: dict[str, float]) -> Table:
     return table
 
 
-def save_projector(model: nn.Module, path: str | Path) -> Path:
+def save_projector(model: nn.Module, path: str | Path, write: bool = True) -> Path:
     """Write the projector alone, keys `linear_1.weight`, `linear_1.bias`, … and `image_newline` where there is one.
 
     Args:
-        model: any Llava class, bare or wrapped.
+        model: any Llava class, bare or wrapped. Of a sharded one (FSDP2, ZeRO-3) each process holds a slice, so all
+            must call this.
         path: a `.safetensors` file, or a folder that gets a `projector.safetensors`. Not a folder that serves as a
             checkpoint: engines that read every `*.safetensors` of a checkpoint would trip over it.
+        write: False on all processes but the one that writes.
 
     Returns:
         The file written.
@@ -136,9 +140,10 @@ def save_projector(model: nn.Module, path: str | Path) -> Path:
     """
     path = Path(path)
     file = path if path.suffix == ".safetensors" else path / PROJECTOR_FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in _projector_tensors(model).items()}
-    save_file(tensors, file, metadata={"format": "pt"})
+    tensors = _whole(_projector_tensors(model))
+    if write:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file(tensors, file, metadata={"format": "pt"})
     return file
 
 
@@ -197,7 +202,7 @@ def _check_parts(parts: Iterable[str]) -> set[str]:
 def _count(parameter: nn.Parameter) -> int:
     if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
         return parameter.quant_state.shape.numel()
-    return parameter.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in its place
 
 
 def _shorten(count: int) -> str:
@@ -223,6 +228,19 @@ def _projector_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
         if name.rpartition(".")[2] == "image_newline":
             tensors["image_newline"] = parameter
     return tensors
+
+
+def _whole(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Copy parameters to the CPU, those that FSDP2 or ZeRO-3 keeps in slices put together: a collective."""
+    sliced = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
+    gather = nullcontext()
+    if sliced:
+        import deepspeed  # needed, and so installed, by ZeRO alone
+
+        gather = deepspeed.zero.GatheredParameters(sliced)
+    with gather:
+        tensors = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _projector_file(path: Path) -> Path:

@@ -17,6 +17,7 @@ from rich.text import Text
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
+from _distributed import prepare_for_processes
 from _parts import PARTS, find_part, part_of, part_table
 from collators import IGNORE_INDEX
 
@@ -81,6 +82,7 @@ class LlavaTrainer(SFTTrainer):
         self._rates = self._part_learning_rates()
         tower = find_part(self.model, "vision_tower")
         tower.forward = types.MethodType(_forward_without_needless_gradients, tower)
+        prepare_for_processes(self)
         self.add_callback(_StartReport(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -151,6 +153,11 @@ class LlavaTrainer(SFTTrainer):
         if self._loads_its_own_way():
             return super()._load_best_model()
         load_weights(self.model, self.state.best_model_checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Wait for the other processes' files: the first one writes `trainer_state.json`, the mark of a whole save, next."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _loads_its_own_way(self) -> bool:
         return self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel)
