@@ -5,7 +5,9 @@ Which launch file to take, and what each of them shards: docs/multi_gpu.md.
 
 import os
 import types
+from dataclasses import replace
 
+import torch
 from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
@@ -26,6 +28,11 @@ def prepare_for_processes(trainer) -> None:
         # Theirs wins: --fsdp_transformer_layer_cls_to_wrap, FSDP_TRANSFORMER_CLS_TO_WRAP or the launch file.
         if plugin.transformer_cls_names_to_wrap is None:
             plugin.transformer_cls_names_to_wrap = layer_classes(model)
+        # accelerate 1.15 reduces gradients in bfloat16 and rounds what the model returns to it, the loss included.
+        if plugin.mixed_precision_policy is not None:
+            plugin.mixed_precision_policy = replace(
+                plugin.mixed_precision_policy, reduce_dtype=torch.float32, output_dtype=None
+            )
         model.register_forward_pre_hook(_gather_output_head)
     if _is_zero3(trainer):
         _save_under_hub_names(model)
