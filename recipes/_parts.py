@@ -1,17 +1,21 @@
-"""The three parts of a Llava model: find them, choose which train, show them, move the projector alone.
+"""The three parts of a Llava model: find, freeze, quantise, adapt and show them; move the projector alone.
 
 Works on `LlavaForConditionalGeneration` and its VipLlava, LlavaNext and LlavaOnevision relatives, bare or inside a
 PEFT or DDP wrapper. On transformers 5 the parts live under `model.model`; `lm_head` and LlavaNext's `image_newline`
 stand outside of them and are counted with the part that they serve.
 """
 
+import copy
 import pickle
+import re
+from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from bitsandbytes.nn import Int8Params, Params4bit
+from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from rich import box
@@ -20,9 +24,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import TrainingArguments
+from trl import ModelConfig, get_quantization_config
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
+# For `BitsAndBytesConfig(llm_int8_skip_modules=...)`. Names from the root, since transformers 5 matches a name's start
+# or end alone ("vision_tower" is neither); with `lm_head`, since any list replaces the default that spares it.
+UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+QUANTISED = {"4-bit": Params4bit, "8-bit": Int8Params}
 OWNERS = {**{part: part for part in PARTS}, "lm_head": "language_model", "image_newline": "multi_modal_projector"}
+LAYER = re.compile(r"\.layers\.(\d+)\.")
 PROJECTOR_FILE = "projector.safetensors"
 LLAVA_PROJECTOR_FILE = "mm_projector.bin"
 # LLaVA's projector is an nn.Sequential(Linear, GELU, Linear).
@@ -61,7 +72,8 @@ def find_part(model: nn.Module, part: str) -> nn.Module:
 def train_only(model: nn.Module, parts: Iterable[str]) -> None:
     """Make exactly these parts trainable, their weights in float32; freeze all else in the dtype it has.
 
-    Float32, because at a learning rate of 2e-5 most updates of a bfloat16 weight round to nothing.
+    Float32, because at a learning rate of 2e-5 most updates of a bfloat16 weight round to nothing. Of a vision tower
+    the layers behind the one whose features are used stay frozen: they would never get a gradient.
 
     Args:
         model: changed in place.
@@ -71,8 +83,9 @@ def train_only(model: nn.Module, parts: Iterable[str]) -> None:
         ValueError: an unknown part, or one whose weights are quantised and so cannot train.
     """
     parts = _check_parts(parts)
+    bypassed = _bypassed(model) if "vision_tower" in parts else set()
     for name, parameter in model.named_parameters():
-        trained = part_of(name) in parts
+        trained = part_of(name) in parts and name not in bypassed
         if trained and not parameter.is_floating_point():
             raise ValueError(
                 f"{name} holds quantised weights ({parameter.dtype}), which cannot train: leave {part_of(name)} out "
@@ -83,10 +96,87 @@ def train_only(model: nn.Module, parts: Iterable[str]) -> None:
         parameter.requires_grad_(trained)
 
 
+def quantised_loading(model_args: ModelConfig, training_args: TrainingArguments) -> dict:
+    """Arguments of `from_pretrained` for a base in 4-bit or 8-bit: the decoder layers alone, on this process's device.
+
+    Empty where neither is asked for: a `BitsAndBytesConfig(load_in_4bit=False)` with other 4-bit fields quantises.
+
+    Raises:
+        ValueError: `--dtype auto`, which does not say in which dtype the quantised layers compute.
+    """
+    if not (model_args.load_in_4bit or model_args.load_in_8bit):
+        return {}
+    if model_args.dtype == "auto":
+        raise ValueError("--dtype auto beside a quantised base: say --dtype bfloat16, or float16 on cards without it")
+    config = get_quantization_config(model_args)
+    config.llm_int8_skip_modules = list(UNQUANTISED)
+    return {"quantization_config": config, "device_map": {"": training_args.device}}
+
+
+def add_adapters(
+    model: nn.Module,
+    config: LoraConfig,
+    *,
+    freeze_projector: bool = False,
+    lora_vision_tower: bool = False,
+    vision_tower_r: int = 64,
+    vision_tower_alpha: int = 16,
+) -> PeftModel:
+    """Put LoRA or DoRA adapters on the language model's linear layers and freeze all that they stand on.
+
+    `lm_head` gets none: TRL's fused head reads its plain weight. The projector trains whole, in float32, as PEFT's
+    `modules_to_save`, so that it lies in the adapter's file and any tool that loads the adapter gets it. LlavaNext's
+    `image_newline` stays frozen: PEFT has no place for a bare parameter.
+
+    Args:
+        model: any Llava class; its language model may be quantised.
+        config: rank, alpha, dropout, DoRA as wanted. `target_modules` None or "all-linear": every linear layer; a name
+            or several (`q_proj`): the language model's layers of that name. Not changed.
+        freeze_projector: leave the projector as it is.
+        lora_vision_tower: adapters on the vision tower too, on the layers up to the one whose features are used (the
+            others never see a gradient).
+        vision_tower_r: rank there; xtuner trains 64 beside a QLoRA of the language model.
+        vision_tower_alpha: alpha there; xtuner's is 16.
+
+    Raises:
+        ValueError: the tower or the projector is quantised, `target_modules` has a name that no linear layer of the
+            language model has, or `modules_to_save` or `target_parameters` is set.
+    """
+    if config.modules_to_save or config.target_parameters:
+        raise ValueError(
+            "--lora_modules_to_save and --lora_target_parameters reach outside the language model's linear layers: "
+            "the projector trains whole as it is (--freeze_projector if it should not); recipes/sft_full.py trains "
+            "the rest whole"
+        )
+    for name, parameter in model.named_parameters():
+        if _is_quantised(parameter) and (part_of(name) != "language_model" or "lm_head" in name):
+            raise ValueError(f"{name} is quantised: load with llm_int8_skip_modules={list(UNQUANTISED)}")
+
+    chosen = _named(_linear_layers(model, "language_model"), config.target_modules)
+    config = copy.deepcopy(config)
+    if lora_vision_tower:
+        chosen += _linear_layers(model, "vision_tower")
+        config.rank_pattern = {r"model\.vision_tower\..*": vision_tower_r}
+        config.alpha_pattern = {r"model\.vision_tower\..*": vision_tower_alpha}
+    config.target_modules = _pattern(chosen)
+    config.modules_to_save = None if freeze_projector else ["multi_modal_projector"]
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # In eval mode a CPU with AVX512-BF16 repacks the weights for a kernel without a backward pass, and keeps
+            # them so: training after the first evaluation would lose its gradients (bitsandbytes 0.50.2).
+            module.support_avx512bf16_for_cpu = False
+    model = get_peft_model(model, config)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return model
+
+
 def part_table(model: nn.Module, learning_rates: dict[str, float]) -> Table:
     """Return a table of one row a part and a total: what trains, in which precision, at which learning rate.
 
-    A tied `lm_head` is counted once, a 4-bit tensor by the weights that it stands for, not by the bytes it takes.
+    A tied `lm_head` is counted once, a 4-bit tensor by the weights that it stands for, not by the bytes it takes; the
+    untrained original that PEFT keeps beside a `modules_to_save` projector is not counted.
 
     Args:
         model: any Llava class, bare or wrapped.
@@ -101,7 +191,11 @@ def part_table(model: nn.Module, learning_rates: dict[str, float]) -> Table:
     tuner_layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     totals = [0, 0, 0]
     for part in PARTS:
-        parameters = [parameter for name, parameter in model.named_parameters() if part_of(name) == part]
+        parameters = [
+            parameter
+            for name, parameter in model.named_parameters()
+            if part_of(name) == part and ".original_module." not in name
+        ]
         count = sum(_count(parameter) for parameter in parameters)
         trainable = sum(_count(parameter) for parameter in parameters if parameter.requires_grad)
         adapters = sum(part_of(name) == part for name in tuner_layers)
@@ -109,7 +203,7 @@ def part_table(model: nn.Module, learning_rates: dict[str, float]) -> Table:
             part,
             _shorten(count),
             _shorten(trainable),
-            ", ".join(sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})),
+            ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters if not _is_quantised(p)})),
             _quantisation(parameters),
             str(adapters),
             f"{learning_rates[part]:g}" if trainable else "-",
@@ -192,6 +286,64 @@ def load_projector(model: nn.Module, path: str | Path) -> None:
             parameter.copy_(found[name])
 
 
+def _bypassed(model: nn.Module) -> set[str]:
+    """Names of the tower's parameters behind the layer whose features are used: they never get a gradient."""
+    names = [name for name, _ in model.named_parameters() if part_of(name) == "vision_tower"]
+    layers = [int(found[1]) if (found := LAYER.search(name)) else None for name in names]
+    count = 1 + max(layer for layer in layers if layer is not None)
+    # Hidden state 0 is what enters layer 0, so hidden state k is what leaves layer k - 1.
+    features = model.config.vision_feature_layer
+    features = [features] if isinstance(features, int) else features
+    used = max(layer if layer >= 0 else count + 1 + layer for layer in features)
+    last = max((place for place, layer in enumerate(layers) if layer is not None and layer < used), default=-1)
+    return {
+        name
+        for place, name in enumerate(names)
+        if place > last or (layers[place] is not None and layers[place] >= used)
+    }
+
+
+def _linear_layers(model: nn.Module, part: str) -> list[str]:
+    """Names of the linear layers that an adapter may stand on: numbered ones, that the part's output depends on."""
+    bypassed = _bypassed(model)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear)
+        and part_of(name) == part
+        and LAYER.search(name)
+        and f"{name}.weight" not in bypassed
+    ]
+
+
+def _named(layers: list[str], wanted: str | list[str] | None) -> list[str]:
+    """Those of `layers` whose own name is wanted; all of them if none is named."""
+    if wanted in (None, "all-linear"):
+        return layers
+    wanted = {wanted} if isinstance(wanted, str) else set(wanted)
+    known = {layer.rpartition(".")[2] for layer in layers}
+    if wanted - known:
+        raise ValueError(
+            f"--lora_target_modules {' '.join(sorted(wanted - known))}: no linear layer of the language model has "
+            f"that name; expected some of {' '.join(sorted(known))}, or leave the flag out to train them all"
+        )
+    return [layer for layer in layers if layer.rpartition(".")[2] in wanted]
+
+
+def _pattern(layers: list[str]) -> str:
+    """A regular expression for PEFT's `target_modules` that matches these names in full and nothing else."""
+    blocks = defaultdict(list)
+    for layer in layers:
+        stem, number, rest = LAYER.split(layer, maxsplit=1)
+        blocks[f"{stem}.layers", rest].append(number)
+    rests = defaultdict(list)
+    for (stem, rest), numbers in blocks.items():
+        rests[stem, "|".join(numbers)].append(re.escape(rest))
+    return "|".join(
+        rf"{re.escape(stem)}\.({numbers})\.({'|'.join(names)})" for (stem, numbers), names in rests.items()
+    )
+
+
 def _check_parts(parts: Iterable[str]) -> set[str]:
     unknown = sorted(set(parts := list(parts)) - set(PARTS))
     if unknown:
@@ -209,9 +361,12 @@ def _shorten(count: int) -> str:
     return f"{count:,}" if count < 1e6 else f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.3f} B"
 
 
+def _is_quantised(parameter: nn.Parameter) -> bool:
+    return isinstance(parameter, tuple(QUANTISED.values()))
+
+
 def _quantisation(parameters: list[nn.Parameter]) -> str:
-    kinds = {"4-bit": Params4bit, "8-bit": Int8Params}
-    found = [name for name, kind in kinds.items() if any(isinstance(parameter, kind) for parameter in parameters)]
+    found = [name for name, kind in QUANTISED.items() if any(isinstance(parameter, kind) for parameter in parameters)]
     return ", ".join(found) or "no"
 
 

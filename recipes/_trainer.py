@@ -11,9 +11,11 @@ from pathlib import Path
 
 import torch
 from datasets import IterableDataset
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from rich.console import Console
 from rich.text import Text
+from safetensors.torch import load_file
 from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
@@ -76,9 +78,16 @@ class LlavaTrainer(SFTTrainer):
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = stop_token_ids(model, processing_class)
+        masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
         super().__init__(
             model=model, args=args, processing_class=processing_class, data_collator=data_collator, **kwargs
         )
+        # TRL rounds what trains beside a quantised model to bfloat16, in which most updates vanish (trl 1.16, where it
+        # creates the PEFT model; huggingface/trl#4901 for fp16). Delete once it leaves them alone.
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                parameter.data = masters[name]
+        self._without_gradient = set(masters)
         self._rates = self._part_learning_rates()
         tower = find_part(self.model, "vision_tower")
         tower.forward = types.MethodType(_forward_without_needless_gradients, tower)
@@ -92,6 +101,25 @@ class LlavaTrainer(SFTTrainer):
         elif str(resume_from_checkpoint).lower() == "false":
             resume_from_checkpoint = None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
+        """As `SFTTrainer.training_step`; a parameter that trains in name only is an error after the first backward.
+
+        The tower and the projector are judged after the first batch with a picture. Not checked under DeepSpeed, which
+        takes the gradients away during the backward pass.
+        """
+        seen = PARTS if "pixel_values" in inputs else ("language_model",)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self._without_gradient and not self.is_deepspeed_enabled:
+            for name, parameter in self.model.named_parameters():
+                if parameter.grad is not None:
+                    self._without_gradient.discard(name)
+            if idle := sorted(name for name in self._without_gradient if part_of(name) in seen):
+                raise ValueError(
+                    f"{', '.join(idle[:5])} ({len(idle)} in all): set to train, but the loss does not depend on them, "
+                    "so they get no gradient; freeze them, or take them out of the adapter's target modules"
+                )
+        return loss
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Split off parameter groups for parts with a learning rate of their own; the others stay first.
@@ -121,15 +149,14 @@ class LlavaTrainer(SFTTrainer):
             "language_model": None,
         }
         trained = {part_of(name) for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        for part, rate in rates.items():
-            if rate is not None and part not in trained:
-                flag = {
-                    "vision_tower": "--vision_tower_learning_rate",
-                    "multi_modal_projector": "--projector_learning_rate",
-                }
-                raise ValueError(
-                    f"{flag[part]} {rate}: the {part} is frozen in this run; drop the flag or train the part"
-                )
+        if rates["vision_tower"] is not None and "vision_tower" not in trained:
+            raise ValueError(
+                f"--vision_tower_learning_rate {rates['vision_tower']}: the vision_tower is frozen in this run; drop "
+                "the flag or train the part"
+            )
+        # No error: a recipe may have a rate for the projector that its user freezes.
+        if rates["multi_modal_projector"] is not None and "multi_modal_projector" not in trained:
+            logger.warning("the projector is frozen: its learning rate has no effect")
         return rates
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model=None) -> None:
@@ -138,7 +165,7 @@ class LlavaTrainer(SFTTrainer):
         Trainer loads them with `strict=False` under the hub's key names, so that nothing of a Llava matches and the
         run goes on from the base weights with a warning (huggingface/transformers#43701). Delete once that is mended.
         """
-        if self._loads_its_own_way():
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         if not any((Path(resume_from_checkpoint) / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):
             raise ValueError(
@@ -146,21 +173,24 @@ class LlavaTrainer(SFTTrainer):
                 "--save_only_model), so a resumed run would differ in silence. Take an older one; to start a new run "
                 "from a --save_only_model checkpoint pass it as --model_name_or_path."
             )
-        load_weights(model or self.model, resume_from_checkpoint)
+        self._load_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         """As `_load_from_checkpoint`, for `--load_best_model_at_end` (huggingface/transformers#43701)."""
-        if self._loads_its_own_way():
+        if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._load_best_model()
-        load_weights(self.model, self.state.best_model_checkpoint)
+        self._load_weights(self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Wait for the other processes' files: the first one writes `trainer_state.json`, the mark of a whole save, next."""
+        """As `Trainer._save_rng_state`, then wait: `trainer_state.json` comes next and must mean that all have saved."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
-    def _loads_its_own_way(self) -> bool:
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled or isinstance(self.model, PeftModel)
+    def _load_weights(self, folder: str) -> None:
+        if isinstance(self.model, PeftModel):
+            load_adapter_weights(self.model, folder)
+        else:
+            load_weights(self.model, folder)
 
 
 def _forward_without_needless_gradients(self, *args, **kwargs):
@@ -206,6 +236,29 @@ def load_weights(model: torch.nn.Module, folder: str | os.PathLike) -> None:
     model.load_state_dict(loaded.state_dict(), strict=True)
 
 
+def load_adapter_weights(model: PeftModel, folder: str | os.PathLike) -> None:
+    """Load the adapter (and projector) in `folder` into `model`, tensor for tensor.
+
+    PEFT's own `load_adapter`, which Trainer calls, lets missing keys pass with a warning (peft 0.21).
+
+    Raises:
+        ValueError: there is no adapter in `folder`, or it has tensors that the model lacks, lacks some that it has, or
+            has some of another shape.
+    """
+    file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
+    if not file.is_file():
+        raise ValueError(f"{folder} holds no {file.name}: expected a checkpoint of a run with adapters")
+    found, expected = load_file(file), get_peft_model_state_dict(model)
+    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, expected)]
+    if shapes[0] != shapes[1]:
+        wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+        raise ValueError(
+            f"{file} is not of this run: {', '.join(wrong[:5])} ({len(wrong)} in all) missing there, unknown to the "
+            "model or of another shape; resume with the flags that it was started with"
+        )
+    set_peft_model_state_dict(model, found)
+
+
 # What TRL does for rows that it tokenises itself; with a collator of one's own these would be ignored in silence.
 IDLE_FLAGS = {
     "assistant_only_loss": "use --train_on",
@@ -244,6 +297,10 @@ def _check_dtypes(model, args) -> None:
         raise ValueError(
             f"the frozen parts and the trained ones are of several dtypes ({found}), and neither --bf16 nor --fp16 "
             "joins them: pass --dtype float32, or turn --bf16 on"
+        )
+    if args.fp16 and torch.bfloat16 in dtypes:
+        raise ValueError(
+            "--fp16 beside bfloat16 weights, which cards without bfloat16 cannot use: pass --dtype float16"
         )
 
 

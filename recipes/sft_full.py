@@ -54,7 +54,7 @@ def make_parser():
 def main(argv=None):
     script_args, training_args, model_args = make_parser().parse_args_and_config(argv)
     if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
-        raise ValueError("this recipe trains whole parts: drop --use_peft, --load_in_4bit and --load_in_8bit")
+        raise ValueError("this recipe trains whole parts: drop --use_peft and --load_in_*bit, or take sft_qlora.py")
 
     processor = AutoProcessor.from_pretrained(
         model_args.model_name_or_path,

@@ -169,6 +169,7 @@ def make_tokenizer(kind: str = "byte", **overrides):
     return tokenizer
 
 
+COLORS = ["red", "green", "blue", "white", "black", "yellow"]
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 
 

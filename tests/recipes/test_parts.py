@@ -204,7 +204,7 @@ def test_part_table_counts_adapters_and_true_4_bit_weights():
     rows = {row[0]: row[1:] for row in cells(part_table(model, {"language_model": 2e-4}))}
     # Rank 2 on q (32 -> 32) and v (32 -> 16) of two layers: 2 * (2*32 + 2*32 + 2*32 + 2*16) weights in 4 adapters.
     assert rows["language_model"] == [
-        *["42,080", "448", "bfloat16, float32, uint8", "4-bit", "4", "0.0002"],
+        *["42,080", "448", "bfloat16, float32", "4-bit", "4", "0.0002"],
     ]
     assert rows["vision_tower"][0] == "32,096" and rows["vision_tower"][3] == "8-bit"
     assert rows["multi_modal_projector"][2:4] == ["bfloat16", "no"]
