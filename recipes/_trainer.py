@@ -110,7 +110,8 @@ class LlavaTrainer(SFTTrainer):
         """
         seen = PARTS if "pixel_values" in inputs else ("language_model",)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._without_gradient and not self.is_deepspeed_enabled:
+        # FSDP2 keeps accumulated gradients elsewhere until it reduces them.
+        if self._without_gradient and self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
             for name, parameter in self.model.named_parameters():
                 if parameter.grad is not None:
                     self._without_gradient.discard(name)
@@ -182,7 +183,7 @@ class LlavaTrainer(SFTTrainer):
         self._load_weights(self.state.best_model_checkpoint)
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """As `Trainer._save_rng_state`, then wait: `trainer_state.json` comes next and must mean that all have saved."""
+        """As `Trainer._save_rng_state`, then wait: next comes `trainer_state.json`, the mark that all have saved."""
         super()._save_rng_state(output_dir)
         self.accelerator.wait_for_everyone()
 
