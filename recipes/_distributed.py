@@ -36,6 +36,12 @@ def prepare_for_processes(trainer) -> None:
         model.register_forward_pre_hook(_gather_output_head)
     if _is_zero3(trainer):
         _save_under_hub_names(model)
+        if trainer.args.bf16:
+            # ZeRO-3 computes in bfloat16 without autocast, and leaves adapters that are float32 as they are (0.19.8,
+            # deepspeedai/DeepSpeed#8072). Its optimizer holds float32 masters of its own.
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.bfloat16()
     sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
     if sharded or not _trains(model, "language_model"):
         show_a_blank_picture(model, trainer.processing_class)
