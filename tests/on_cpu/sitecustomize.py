@@ -31,7 +31,7 @@ def local_size(parameter) -> int:
 
 def prepare_and_record(self, *args, **kwargs):
     prepared = prepare(self, *args, **kwargs)
-    for model in prepared if isinstance(prepared, tuple) else (prepared,):
+    for model in prepared if isinstance(prepared, (tuple, list)) else (prepared,):
         if isinstance(model, torch.nn.Module):
             parameters = list(model.parameters())
             record = {

@@ -202,8 +202,8 @@ def test_two_machines(launcher, base, data, single, tmp_path):
 @pytest.mark.parametrize(
     ("launcher", "method", "environment", "message"),
     [
-        ("cpu_2proc_fsdp2", "QLoRA", {}, "FSDP would cut the quantised weights"),
-        ("cpu_2proc_zero3", "QLoRA", {}, "ZeRO-3 would cut the quantised weights"),
+        ("cpu_2proc_fsdp2", "QLoRA", {}, "FSDP does not shard a 4-bit or 8-bit base"),
+        ("cpu_2proc_zero3", "QLoRA", {}, "ZeRO-3 does not shard a 4-bit or 8-bit base"),
         # The user's own list is taken as it is, so that a wrong name in it is an error.
         ("cpu_2proc_fsdp2", "full", {"FSDP_TRANSFORMER_CLS_TO_WRAP": "NoSuchLayer"}, "layer class NoSuchLayer"),
     ],
