@@ -274,7 +274,7 @@ def _check_parts(parts: Iterable[str]) -> set[str]:
 def _count(parameter: nn.Parameter) -> int:
     if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
         return parameter.quant_state.shape.numel()
-    return parameter.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in its place
 
 
 def _shorten(count: int) -> str:

@@ -16,6 +16,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
+from _distributed import prepare_for_processes
 from _parts import PARTS, find_part, part_of
 from _start_report import StartReport, Stop
 
@@ -90,6 +91,7 @@ class LlavaTrainer(SFTTrainer):
         self._rates = self._part_learning_rates()
         tower = find_part(self.model, "vision_tower")
         tower.forward = types.MethodType(_forward_without_needless_gradients, tower)
+        prepare_for_processes(self)
         self.add_callback(StartReport(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
@@ -113,7 +115,8 @@ class LlavaTrainer(SFTTrainer):
         """
         seen = PARTS if "pixel_values" in inputs else ("language_model",)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        if self._without_gradient and not self.is_deepspeed_enabled:
+        # FSDP2 keeps accumulated gradients elsewhere until it reduces them.
+        if self._without_gradient and self.accelerator.sync_gradients and not self.is_deepspeed_enabled:
             for name, parameter in self.model.named_parameters():
                 if parameter.grad is not None:
                     self._without_gradient.discard(name)
@@ -183,6 +186,11 @@ class LlavaTrainer(SFTTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._load_best_model()
         self._load_weights(self.state.best_model_checkpoint)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """As `Trainer._save_rng_state`, then wait: next comes `trainer_state.json`, the mark that all have saved."""
+        super()._save_rng_state(output_dir)
+        self.accelerator.wait_for_everyone()
 
     def _load_weights(self, folder: str) -> None:
         if isinstance(self.model, PeftModel):

@@ -89,8 +89,7 @@ def main(argv=None):
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()
-    if trainer.is_world_process_zero():
-        save_projector(model, Path(training_args.output_dir) / "projector")
+    save_projector(model, Path(training_args.output_dir) / "projector", write=trainer.is_world_process_zero())
     trainer.accelerator.wait_for_everyone()  # the first process may still be writing
     trainer.end()
 

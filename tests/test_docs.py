@@ -19,7 +19,7 @@ def commands_in(text: str) -> list[str]:
     """Command lines that run a recipe, continuation lines joined."""
     joined = re.sub(r"\\\n\s*", "", text)
     found = [line.strip().removeprefix("$ ") for line in joined.splitlines()]
-    start = re.compile(r"([A-Z0-9_]+=\S+ )*(python|accelerate launch)( .*)? ?recipes/\w+\.py")
+    start = re.compile(r"([A-Z0-9_]+=\S+ )*(srun )?(python|accelerate launch|torchrun)( .*)? ?recipes/\w+\.py")
     return [line for line in found if start.match(line)]
 
 

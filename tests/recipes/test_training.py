@@ -149,32 +149,6 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, kind, base, data, tmp_p
     assert not changed_parts(str(whole), killed)
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(base, data, tmp_path):
-    """Two gloo ranks on the CPU, text-only rows among the others, against one process with the same global batch."""
-    flags = ["--max_steps", "5", "--gradient_checkpointing", "False", "--per_device_train_batch_size"]
-    single, double = tmp_path / "single", tmp_path / "double"
-    sft_full.main([*command("sft_full", base(), data, single), *flags, "4"])
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        sft_full.__file__,
-    ]
-    child = [*launch, *command("sft_full", base(), data, double), *flags, "2"]
-    # Not `check=True`: leaving a gloo process group aborts now and then (torch 2.13), after everything is written.
-    printed = subprocess.run(child, capture_output=True, text=True, timeout=300).stdout
-    assert printed.count("Parts of the model") == 1
-    assert "global batch 4 rows = 2 a device × 1 accumulated × 2 process(es)" in printed
-    assert losses(double) == pytest.approx(losses(single), rel=1e-5)
-    weights = AutoModelForImageTextToText.from_pretrained(double).state_dict()
-    for name, tensor in AutoModelForImageTextToText.from_pretrained(single).state_dict().items():
-        torch.testing.assert_close(weights[name], tensor, atol=1e-5, rtol=1e-4)
-
-
 def test_resume_with_workers_streaming_and_neftune(base, data, tmp_path):
     flags = ["--dataset_name", str(data / "instruct.jsonl"), "--dataset_streaming", "True", "--max_steps", "6"]
     flags += ["--neftune_noise_alpha", "5", "--dataloader_num_workers", "1", "--save_steps", "3"]
