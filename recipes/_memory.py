@@ -217,9 +217,9 @@ def _optimizer_bytes(model: nn.Module, trained: list[nn.Parameter], args: Traini
     if name == "sgd" and not args.optim_args:
         return 0
     if name == "adafactor":
-        # Rows and columns of a matrix in float32, all of a vector.
+        # Rows and columns of a matrix in float32, all of a vector; the tensor's root mean square.
         return 4 * sum(
-            p.numel() if p.dim() < 2 else p.numel() // p.shape[-1] + p.numel() // p.shape[-2] for p in trained
+            (p.numel() if p.dim() < 2 else p.numel() // p.shape[-1] + p.numel() // p.shape[-2]) + 1 for p in trained
         )
     if name not in BNB_MOMENTS:
         return None
@@ -236,7 +236,7 @@ def _optimizer_bytes(model: nn.Module, trained: list[nn.Parameter], args: Traini
 
 
 def _gathered_bytes(model: nn.Module, element_size: int | None) -> int:
-    """What lies unsharded at once: all outside of the layers, which FSDP2 does not reshard, and the two largest layers."""
+    """What lies unsharded at once: all outside of the layers (FSDP2 keeps it gathered) and the two largest layers."""
     layers = [*_layers(find_part(model, "language_model")), *_layers(find_part(model, "vision_tower"))]
 
     def size(parameters: Iterable[nn.Parameter]) -> int:
@@ -343,8 +343,9 @@ def _layer_bytes(layer: nn.Module, config, precision: _Precision, tokens: int, a
             shared.add(SHARED_INPUT[name])
             a_token += module.in_features * half
 
-    wide = 2 * half + 4 if adapted and precision.autocast else 3 * half
-    transient = tokens * hidden * full * (3 if adapted else 1)
+    converts = adapted and precision.autocast  # an adapter's input passes through float32
+    wide = 2 * half + 4 if converts else 3 * half
+    transient = tokens * hidden * full * (3 if converts else 1)
     transient += max(tokens * inner * wide, tokens * inner * half + 4 * largest) + replica
     return _Layer(saved=tokens * a_token + constant, casts=casts, transient=transient)
 
@@ -376,8 +377,10 @@ def _moments(
     if not args.gradient_checkpointing:
         stored = sum(layer.saved for layer in layers)
     cached = sum(layer.casts for layer in layers) if args.gradient_checkpointing else 0
-    if batch_size > 1 and text.config._attn_implementation == "sdpa":
-        stored += rows * tokens  # one boolean mask for all layers
+    if text.config._attn_implementation == "eager":
+        stored += rows * tokens * inside.residual  # one mask for all layers
+    elif text.config._attn_implementation == "sdpa" and batch_size > 1:
+        stored += rows * tokens
 
     vision, seen = precision(tower), pictures * _tower_tokens(tower.config)
     features = seen * tower.config.hidden_size * vision.residual * (len(_layers(tower)) + 1)
