@@ -89,7 +89,9 @@ class MemoryPlan:
 
     def table(self) -> Table:
         """One row an item, in GiB."""
-        table = Table(title="Predicted memory of one device", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+        table = Table(
+            title="Predicted memory of one device", box=box.SIMPLE_HEAD, show_edge=False, padding=0, min_width=38
+        )
         table.add_column("item", no_wrap=True)
         table.add_column("GiB", justify="right", no_wrap=True)
         for item in ("parameters", "gradients", "optimizer", "activations", "communication", "allowance"):
@@ -134,13 +136,15 @@ def predict_memory(
         world_size: Processes.
 
     Raises:
-        ValueError: An unknown `sharding`, one process with a `sharding` for several, 4-bit weights where parameters
+        ValueError: An unknown `sharding`, `sharding` "none" with several processes, 4-bit weights where parameters
             are sharded, or decoder layers of unknown build.
     """
     if sharding not in get_args(Sharding):
         raise ValueError(f"sharding {sharding!r}: expected one of {', '.join(get_args(Sharding))}")
-    if (sharding == "none") != (world_size == 1):
-        raise ValueError(f"sharding {sharding!r} with {world_size} process(es): expected 'none' for one, else another")
+    if sharding == "none" and world_size > 1:
+        raise ValueError(
+            f"sharding 'none' with {world_size} processes: expected 'ddp' or how else they share the model"
+        )
     shards = sharding.startswith(("fsdp2", "zero3"))
     parameters = list(model.parameters())
     if shards and any(isinstance(parameter, Params4bit) for parameter in parameters):
@@ -346,7 +350,10 @@ def _layer_bytes(layer: nn.Module, config, precision: _Precision, tokens: int, a
     converts = adapted and precision.autocast  # an adapter's input passes through float32
     wide = 2 * half + 4 if converts else 3 * half
     transient = tokens * hidden * full * (3 if converts else 1)
-    transient += max(tokens * inner * wide, tokens * inner * half + 4 * largest) + replica
+    needed = max(tokens * inner * wide, tokens * inner * half + 4 * largest)
+    if attention == "eager":  # two gradients of the softmax's size, by when the MLP's tensors are gone
+        needed = max(needed, tokens * (8 * heads * attended - 4 * inner * half))
+    transient += needed + replica
     return _Layer(saved=tokens * a_token + constant, casts=casts, transient=transient)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
+from bitsandbytes.optim import GlobalOptimManager
 from peft import LoraConfig, get_peft_model
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -225,7 +226,9 @@ def live_parameters(model) -> int:
         ("QDoRA", "adamw_torch"),
     ],
 )
-def test_weights_gradients_and_optimizer_are_those_of_two_real_steps(recipe, optim, rows, tmp_path):
+def test_weights_gradients_and_optimizer_are_those_of_two_real_steps(recipe, optim, rows, tmp_path, monkeypatch):
+    # One manager a process remembers an optimizer's 32-bit embeddings by position and id, and misleads the next one.
+    monkeypatch.setattr(GlobalOptimManager, "_instance", None)
     trainer = train(recipe, rows, tmp_path, layers=2, kind=LlavaTrainer, optim=optim, gradient_accumulation_steps=1)
     plan = predict_memory(trainer.model, trainer.args, **trainer.sizes)
     assert plan.parameters == live_parameters(trainer.model)
@@ -347,9 +350,8 @@ def test_errors():
     model = tiny.make_model(tiny.make_processor())
     with pytest.raises(ValueError, match="sharding 'fsdp': expected one of none, ddp, fsdp2, fsdp2_offload, zero2"):
         predict(model, "fsdp", 2)
-    for sharding, world in (("none", 2), ("ddp", 1)):
-        with pytest.raises(ValueError, match=f"sharding '{sharding}' with {world} process"):
-            predict(model, sharding, world)
+    with pytest.raises(ValueError, match="sharding 'none' with 2 processes: expected 'ddp'"):
+        predict(model, world_size=2)
     attention = model.model.language_model.layers[1].self_attn
     attention.wq = torch.nn.Linear(32, 32)
     with pytest.raises(ValueError, match="LlamaDecoderLayer has a linear layer wq: expected q_proj, k_proj"):
