@@ -141,6 +141,18 @@ def _gather_output_head(model: nn.Module, args) -> None:
         head.unshard()
 
 
+def sharding_of(trainer) -> str:
+    """How the processes share the model, in the words of `_memory.predict_memory`."""
+    state = trainer.accelerator.state
+    if trainer.is_fsdp_enabled:
+        return "fsdp2_offload" if state.fsdp_plugin.cpu_offload else "fsdp2"
+    if trainer.is_deepspeed_enabled:
+        config = state.deepspeed_plugin.deepspeed_config["zero_optimization"]
+        offloads = config.get("offload_param", {}).get("device", "none") != "none"
+        return f"zero{config['stage']}{'_offload' if offloads else ''}"
+    return "ddp" if trainer.args.world_size > 1 else "none"
+
+
 def _is_zero3(trainer) -> bool:
     return trainer.is_deepspeed_enabled and trainer.accelerator.state.deepspeed_plugin.zero_stage == 3
 

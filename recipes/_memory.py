@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 from trl.kernels.chunked_logprob import TOKEN_CHUNK_SIZE
 from trl.trainer import utils as trl_utils
 
-from _parts import find_part
+from _parts import find_part, numel
 
 GIB = 2**30
 Sharding = Literal["none", "ddp", "fsdp2", "fsdp2_offload", "zero2", "zero3", "zero3_offload"]
@@ -154,15 +154,15 @@ def predict_memory(
     deepspeed_half = half and sharding.startswith("zero")
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     weights = sum(_bytes(parameter) for parameter in parameters)
-    gradients = sum(parameter.numel() * parameter.element_size() for parameter in trained)
+    gradients = sum(numel(parameter) * parameter.element_size() for parameter in trained)
     optimizer = _optimizer_bytes(model, trained, args)
     communication = host = 0
 
     if deepspeed_half:
         # The engine holds every weight in 16 bits; float32 master copies of what trains lie with the optimizer.
-        weights = sum(_bytes(p) if isinstance(p, Params4bit) else p.numel() * 2 for p in parameters)
-        gradients = sum(parameter.numel() for parameter in trained) * 2
-        optimizer = None if optimizer is None else optimizer + sum(parameter.numel() for parameter in trained) * 4
+        weights = sum(_bytes(p) if isinstance(p, Params4bit) else numel(p) * 2 for p in parameters)
+        gradients = sum(numel(parameter) for parameter in trained) * 2
+        optimizer = None if optimizer is None else optimizer + sum(numel(parameter) for parameter in trained) * 4
     if sharding == "ddp":
         communication = gradients  # buckets of all gradients, beside `parameter.grad`
     if shards:
@@ -172,7 +172,7 @@ def predict_memory(
         gradients = ceil(gradients / world_size)
         optimizer = None if optimizer is None else ceil(optimizer / world_size)
     if sharding == "zero2":
-        communication = min(ZERO_BUCKET, sum(parameter.numel() for parameter in trained)) * (2 if half else 4)
+        communication = min(ZERO_BUCKET, sum(numel(parameter) for parameter in trained)) * (2 if half else 4)
     if sharding.endswith("offload"):
         host = weights + gradients + (optimizer or 0)
         weights, gradients, optimizer = 0, 0, None if optimizer is None else 0
@@ -196,7 +196,7 @@ def _gib(size: int | None) -> str:
 def _bytes(parameter: nn.Parameter) -> int:
     """A parameter's bytes; of a 4-bit one with its quantisation state, or as it will be once it is quantised."""
     if not isinstance(parameter, Params4bit):
-        return parameter.numel() * parameter.element_size()
+        return numel(parameter) * parameter.element_size()
     state = parameter.quant_state
     if state is not None:
         tensors = [parameter.data, state.absmax, state.code]
@@ -207,23 +207,17 @@ def _bytes(parameter: nn.Parameter) -> int:
     return ceil(parameter.numel() / 2) + absmax + NF4_CODE
 
 
-def _numel(parameter: nn.Parameter) -> int:
-    if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
-        return parameter.quant_state.shape.numel()
-    return parameter.numel()
-
-
 def _optimizer_bytes(model: nn.Module, trained: list[nn.Parameter], args: TrainingArguments) -> int | None:
     name = str(getattr(args.optim, "value", args.optim))
     if name in TORCH_MOMENTS and not args.optim_args:
         # Moments in the parameter's own dtype, and a float32 step a tensor.
-        return sum(TORCH_MOMENTS[name] * p.numel() * p.element_size() + 4 for p in trained)
+        return sum(TORCH_MOMENTS[name] * numel(p) * p.element_size() + 4 for p in trained)
     if name == "sgd" and not args.optim_args:
         return 0
     if name == "adafactor":
         # Rows and columns of a matrix in float32, all of a vector; the tensor's root mean square.
         return 4 * sum(
-            (p.numel() if p.dim() < 2 else p.numel() // p.shape[-1] + p.numel() // p.shape[-2]) + 1 for p in trained
+            (numel(p) if p.dim() < 2 else numel(p) // p.shape[-1] + numel(p) // p.shape[-2]) + 1 for p in trained
         )
     if name not in BNB_MOMENTS:
         return None
@@ -231,11 +225,11 @@ def _optimizer_bytes(model: nn.Module, trained: list[nn.Parameter], args: Traini
     # Trainer keeps embeddings in 32 bits; bitsandbytes itself tensors of fewer than 4096 elements.
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
     for p in trained:
-        if "8bit" in name and p.numel() >= BNB_MIN_8BIT and id(p) not in embeddings:
-            total += moments * (p.numel() + 4 * ceil(p.numel() / BNB_BLOCK))
+        if "8bit" in name and numel(p) >= BNB_MIN_8BIT and id(p) not in embeddings:
+            total += moments * (numel(p) + 4 * ceil(numel(p) / BNB_BLOCK))
             maps = min(moments, 2) * BNB_CODE  # one pair for all tensors
         else:
-            total += moments * 4 * p.numel()
+            total += moments * 4 * numel(p)
     return total + maps
 
 
@@ -244,7 +238,7 @@ def _gathered_bytes(model: nn.Module, element_size: int | None) -> int:
     layers = [*_layers(find_part(model, "language_model")), *_layers(find_part(model, "vision_tower"))]
 
     def size(parameters: Iterable[nn.Parameter]) -> int:
-        return sum(p.numel() * (element_size or p.element_size()) for p in parameters)
+        return sum(numel(p) * (element_size or p.element_size()) for p in parameters)
 
     inside = [size(layer.parameters()) for layer in layers]
     return size(model.parameters()) - sum(inside) + sum(sorted(inside)[-2:])
@@ -318,10 +312,10 @@ def _layer_bytes(layer: nn.Module, config, precision: _Precision, tokens: int, a
         weight = module.get_base_layer().weight if isinstance(module, LoraLayer) else module.weight
         parameters = [p for p in module.parameters() if p.dim() == 2 and not isinstance(p, Params4bit)]
         if precision.autocast:
-            constant += sum(2 * p.numel() for p in parameters if p.dtype == torch.float32)
-            casts += sum(2 * p.numel() for p in parameters if p.dtype == torch.float32 and p.requires_grad)
+            constant += sum(2 * numel(p) for p in parameters if p.dtype == torch.float32)
+            casts += sum(2 * numel(p) for p in parameters if p.dtype == torch.float32 and p.requires_grad)
         if isinstance(weight, Params4bit):
-            replica = max(replica, _numel(weight) * half)  # dequantised for each product
+            replica = max(replica, numel(weight) * half)  # dequantised for each product
         own_copy = precision.autocast and full != half
         if isinstance(module, LoraLayer):
             adapted = True
@@ -340,7 +334,7 @@ def _layer_bytes(layer: nn.Module, config, precision: _Precision, tokens: int, a
         elif not weight.requires_grad:
             continue
         else:
-            largest = max(largest, weight.numel())
+            largest = max(largest, numel(weight))
         if own_copy and not (SHARED_INPUT[name] in (None, "product") and not isinstance(module, LoraLayer)):
             a_token += module.in_features * half
         elif SHARED_INPUT[name] is not None and SHARED_INPUT[name] not in shared:
@@ -416,7 +410,7 @@ def _moments(
     head_saved = rows * hidden * (4 + (2 if text.norm.weight.requires_grad else 1) * inside.residual)
     head_backward = rows * hidden * (4 + (inside.residual if inside.residual != 4 else 0))
     if head.requires_grad:
-        head_backward += head.numel() * (4 + (head.element_size() if head.element_size() != 4 else 0))
+        head_backward += numel(head) * (4 + (head.element_size() if head.element_size() != 4 else 0))
 
     recomputed = max(layer.saved for layer in layers) if args.gradient_checkpointing else 0
     return _Moments(

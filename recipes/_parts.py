@@ -162,6 +162,13 @@ def add_adapters(
     return model
 
 
+def numel(parameter: nn.Parameter) -> int:
+    """Count the weights that a parameter stands for: all of a 4-bit one, and of one that is sharded by ZeRO-3."""
+    if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
+        return parameter.quant_state.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in its place
+
+
 def part_table(model: nn.Module, learning_rates: dict[str, float]) -> Table:
     """Return a table of one row a part and a total: what trains, in which precision, at which learning rate.
 
@@ -186,8 +193,8 @@ def part_table(model: nn.Module, learning_rates: dict[str, float]) -> Table:
             for name, parameter in model.named_parameters()
             if part_of(name) == part and ".original_module." not in name
         ]
-        count = sum(_count(parameter) for parameter in parameters)
-        trainable = sum(_count(parameter) for parameter in parameters if parameter.requires_grad)
+        count = sum(numel(parameter) for parameter in parameters)
+        trainable = sum(numel(parameter) for parameter in parameters if parameter.requires_grad)
         adapters = sum(part_of(name) == part for name in tuner_layers)
         table.add_row(
             part,
@@ -269,12 +276,6 @@ def _check_parts(parts: Iterable[str]) -> set[str]:
     if unknown:
         raise ValueError(f"unknown part {', '.join(map(repr, unknown))}: expected some of {', '.join(PARTS)}")
     return set(parts)
-
-
-def _count(parameter: nn.Parameter) -> int:
-    if isinstance(parameter, Params4bit) and parameter.quant_state is not None:
-        return parameter.quant_state.shape.numel()
-    return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in its place
 
 
 def _shorten(count: int) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
-from rich.table import Table
+from rich.table import Column, Table
 
 WIDTH, HEIGHT = 400, 160  # of a chart's plotting area, in SVG units
 FOOTNOTE = (
@@ -133,7 +133,7 @@ def rate_kinds(answers: dict[str, list[dict]]) -> list[list[str]]:
 
 def make_table(answers: dict[str, list[dict]]) -> Table:
     """`rate_kinds` for a terminal."""
-    table = Table("held-out questions", "number", *answers, caption=FOOTNOTE)
+    table = Table(Column("held-out questions", no_wrap=True), "number", *answers, caption=FOOTNOTE)
     for row in rate_kinds(answers):
         table.add_row(*row)
     return table

@@ -5,11 +5,15 @@ A file of its own beside `_trainer.py`: this is what a person reads, that is wha
 
 from itertools import islice
 
+import numpy as np
 import torch
+from datasets import IterableDataset
 from rich.console import Console
 from rich.text import Text
 from transformers import TrainerCallback
 
+from _distributed import sharding_of
+from _memory import predict_memory
 from _parts import part_of, part_table
 from collators import IGNORE_INDEX
 
@@ -53,6 +57,46 @@ class StartReport(TrainerCallback):
         console.print(f"{trained / tokens:.1%} of the tokens of the first {len(rows)} rows carry loss; the first row:")
         kept = batch["attention_mask"][0].bool()
         console.print(mark_trained(trainer.processing_class, batch["input_ids"][0][kept], batch["labels"][0][kept]))
+
+
+def plan_memory(trainer) -> list:
+    """Measure rows and predict the peak memory of the longest batch; to be called before the launcher wraps the model.
+
+    Returns:
+        What to print.
+    """
+    args, image_token = trainer.args, trainer.processing_class.image_token_id
+    rows = sample_rows(trainer.train_dataset, DRY_RUN_ROWS)
+    batches = [trainer.data_collator([row]) for row in rows]
+    lengths = [int(batch["attention_mask"].sum()) for batch in batches]
+    image_tokens = max(int((batch["input_ids"] == image_token).sum()) for batch in batches)
+    median, most, longest = (int(np.quantile(lengths, share, method="higher")) for share in (0.5, 0.95, 1))
+    limit = "no --max_length" if args.max_length is None else f"--max_length {args.max_length:,}"
+    # A picture is (channels, height, width), LlavaNext's and OneVision's several of these.
+    pictures = max(batch["pixel_values"].shape[:-3].numel() if "pixel_values" in batch else 0 for batch in batches)
+    plan = predict_memory(
+        trainer.model,
+        args,
+        batch_size=args.train_batch_size,
+        tokens=longest,
+        pictures=pictures * args.train_batch_size,
+        sharding=sharding_of(trainer),
+        world_size=args.world_size,
+    )
+    return [
+        f"tokens of a row, over {len(rows):,} rows: median {median:,}, 95 % up to {most:,}, longest {longest:,}; at "
+        f"most {image_tokens:,} image tokens; {limit}",
+        plan.table(),
+        f"for a batch of {args.train_batch_size} rows as long as the longest of these (docs/memory.md)",
+    ]
+
+
+def sample_rows(dataset, count: int) -> list[dict]:
+    """`count` rows at even distances; of a stream the first ones."""
+    if isinstance(dataset, IterableDataset):
+        return list(islice(iter(dataset), count))
+    places = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
+    return [dataset[int(place)] for place in places]
 
 
 def mark_trained(processor, input_ids: torch.Tensor, labels: torch.Tensor) -> Text:

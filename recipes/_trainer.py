@@ -9,6 +9,7 @@ import types
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import rich
 import torch
 from datasets import IterableDataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
@@ -18,7 +19,7 @@ from trl import SFTConfig, SFTTrainer
 
 from _distributed import prepare_for_processes
 from _parts import PARTS, find_part, part_of
-from _start_report import StartReport, Stop
+from _start_report import StartReport, Stop, plan_memory
 
 logger = logging.getLogger(__name__)
 
@@ -104,8 +105,11 @@ class LlavaTrainer(SFTTrainer):
 
     def dry_run(self) -> None:
         """Do what `train` does before its first step, resuming left out, and print what would train; write nothing."""
+        plan = plan_memory(self) if self.is_world_process_zero() else []
         with contextlib.suppress(Stop):
             super().train()
+        for part in plan:
+            rich.print(part)
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """As `SFTTrainer.training_step`; a parameter that trains in name only is an error after the first backward.

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -367,3 +368,36 @@ def test_bitsandbytes_optimizers_and_neftune(optimizer, base, data, tmp_path):
     flags = ["--optim", optimizer, "--neftune_noise_alpha", "5", "--lr_scheduler_type", "cosine", "--max_steps", "12"]
     sft_qlora.main(qlora(base(), data, tmp_path, *flags, "--learning_rate", "1e-2"))
     assert losses(tmp_path)[12] < losses(tmp_path)[1] - 0.1
+
+
+PRESETS = sorted(Path(sft_qlora.__file__).parent.glob("*.yaml"))
+
+
+def test_there_are_presets():
+    assert {path.name for path in PRESETS} == {"qlora_16gb.yaml", "qlora_24gb.yaml"}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_sets_what_it_says_and_the_command_line_wins(path):
+    argv = ["--model_name_or_path", "m", "--dataset_name", "d", "--use_cpu", "True", "--bf16", "False"]
+    _, args, model_args = sft_qlora.make_parser().parse_args_and_config([*argv, "--config", str(path)])
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 128
+    assert args.optim == "paged_adamw_8bit" and model_args.load_in_4bit
+    assert model_args.lora_alpha == 2 * model_args.lora_r
+    _, args, _ = sft_qlora.make_parser().parse_args_and_config([*argv, "--config", str(path), "--optim", "adafactor"])
+    assert args.optim == "adafactor"
+
+
+def test_a_dry_run_shows_the_run_and_writes_nothing(base, data, tmp_path, capsys):
+    sft_qlora.main(qlora(base(), data, tmp_path / "out", "--max_steps", "3", "--dry_run", "True"))
+    printed = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "global batch 2 rows = 2 a device × 1 accumulated × 1 process(es); 3 steps",
+        "What is it? ASSISTANT:[ red</s>]",
+        "tokens of a row, over 12 rows: median",
+        "at most 4 image tokens; --max_length 2,048",
+        "Predicted memory of one device",
+        "for a batch of 2 rows as long as the longest of these",
+    ):
+        assert part in printed
+    assert not list((tmp_path / "out").rglob("*"))

@@ -97,6 +97,14 @@ def test_a_trained_checkpoint_answers_and_stops_in_a_fresh_process(recipe, templ
     assert printed.strip() == repr(answer)
 
 
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_a_dry_run_stops_before_the_first_step(recipe, base, data, tmp_path, capsys):
+    RECIPES[recipe].main(command(recipe, base("llava_next"), data, tmp_path / "out", "--dry_run", "True"))
+    printed = capsys.readouterr().out
+    assert "Parts of the model" in printed and "Predicted memory of one device" in printed
+    assert not list((tmp_path / "out").rglob("*"))
+
+
 def test_stage_one_saves_the_projector_alone(base, data, tmp_path):
     pretrain_projector.main(command("pretrain_projector", base(), data, tmp_path, "--max_steps", "1"))
     model = AutoModelForImageTextToText.from_pretrained(base())
