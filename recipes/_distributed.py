@@ -5,12 +5,14 @@ Which launch file to take, and what each of them shards: docs/multi_gpu.md.
 
 import os
 import types
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from _parts import find_part, part_of
 
@@ -118,6 +120,23 @@ def show_a_blank_picture(model: nn.Module, processor) -> None:
 
     inner = _inner_model(model)
     inner.forward = types.MethodType(forward, inner)
+
+
+def whole_tensors(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Copy parameters to the CPU, those that FSDP2 or ZeRO-3 keeps in slices put together: every process must call it.
+
+    Args:
+        parameters: live ones by any name.
+    """
+    sliced = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
+    gather = nullcontext()
+    if sliced:
+        import deepspeed  # needed, and so installed, by ZeRO alone
+
+        gather = deepspeed.zero.GatheredParameters(sliced)
+    with gather:
+        tensors = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _inner_model(model: nn.Module) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The three parts of a Llava model: find, freeze, quantise, adapt and show them; move the projector alone.
+"""The three parts of a Llava model: find, freeze, quantise, adapt and show them.
 
 Works on `LlavaForConditionalGeneration` and its VipLlava, LlavaNext and LlavaOnevision relatives, bare or inside a
 PEFT or DDP wrapper. On transformers 5 the parts live under `model.model`; `lm_head` and LlavaNext's `image_newline`
@@ -6,12 +6,9 @@ stand outside of them and are counted with the part that they serve.
 """
 
 import copy
-import pickle
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from contextlib import nullcontext
-from pathlib import Path
 
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
@@ -20,10 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from rich import box
 from rich.table import Table
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainingArguments
 from trl import ModelConfig, get_quantization_config
 
@@ -34,10 +28,6 @@ UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 QUANTISED = {"4-bit": Params4bit, "8-bit": Int8Params}
 OWNERS = {**{part: part for part in PARTS}, "lm_head": "language_model", "image_newline": "multi_modal_projector"}
 LAYER = re.compile(r"\.layers\.(\d+)\.")
-PROJECTOR_FILE = "projector.safetensors"
-LLAVA_PROJECTOR_FILE = "mm_projector.bin"
-# LLaVA's projector is an nn.Sequential(Linear, GELU, Linear).
-LLAVA_LAYERS = {"0": "linear_1", "2": "linear_2"}
 
 
 def part_of(parameter_name: str) -> str:
@@ -216,76 +206,6 @@ def part_table(model: nn.Module, learning_rates: dict[str, float]) -> Table:
     return table
 
 
-def save_projector(model: nn.Module, path: str | Path, write: bool = True) -> Path:
-    """Write the projector alone, keys `linear_1.weight`, `linear_1.bias`, … and `image_newline` where there is one.
-
-    Args:
-        model: any Llava class, bare or wrapped. Of a sharded one (FSDP2, ZeRO-3) each process holds a slice, so all
-            must call this.
-        path: a `.safetensors` file, or a folder that gets a `projector.safetensors`. Not a folder that serves as a
-            checkpoint: engines that read every `*.safetensors` of a checkpoint would trip over it.
-        write: False on all processes but the one that writes.
-
-    Returns:
-        The file written.
-
-    Raises:
-        ValueError: the projector carries adapters, so its plain weights are not what was trained.
-    """
-    path = Path(path)
-    file = path if path.suffix == ".safetensors" else path / PROJECTOR_FILE
-    tensors = _whole(_projector_tensors(model))
-    if write:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, file, metadata={"format": "pt"})
-    return file
-
-
-def load_projector(model: nn.Module, path: str | Path) -> None:
-    """Copy a projector from disk into the model, cast to the dtype that the model's own projector has.
-
-    Args:
-        model: changed in place.
-        path: a file of `save_projector`, LLaVA's own `mm_projector.bin`, or a folder that holds one of the two, itself
-            or (a stage 1 output) in its `projector` folder.
-
-    Raises:
-        FileNotFoundError: nothing at `path`, or a folder with none of these files.
-        ValueError: several of these files in one folder, an unreadable one, or missing, unexpected or wrongly shaped
-            tensors.
-    """
-    file = _projector_file(Path(path))
-    try:
-        if file.suffix == ".safetensors":
-            found = load_file(file)
-        else:
-            found = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{file}: not a readable file of tensors ({type(error).__name__}): expected {PROJECTOR_FILE} as "
-            f"stage 1 writes it or LLaVA's {LLAVA_PROJECTOR_FILE}; download or save it again"
-        ) from error
-    found = {_own_name(name): tensor for name, tensor in found.items()}
-    expected = _projector_tensors(model)
-
-    faults = [f"missing: {name} {tuple(expected[name].shape)}" for name in expected if name not in found]
-    faults += [f"unexpected: {name} {tuple(found[name].shape)}" for name in found if name not in expected]
-    faults += [
-        f"wrong shape: {name} is {tuple(found[name].shape)}, the model's is {tuple(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
-    ]
-    if faults:
-        lines = "\n  ".join(faults)
-        raise ValueError(
-            f"{file} does not fit this model's projector:\n  {lines}\n"
-            "Take a projector made for this vision tower, language model and class."
-        )
-    with torch.no_grad():
-        for name, parameter in expected.items():
-            parameter.copy_(found[name])
-
-
 def _bypassed(model: nn.Module) -> set[str]:
     """Names of the tower's parameters behind the layer whose features are used: they never get a gradient."""
     names = [name for name, _ in model.named_parameters() if part_of(name) == "vision_tower"]
@@ -368,53 +288,3 @@ def _is_quantised(parameter: nn.Parameter) -> bool:
 def _quantisation(parameters: list[nn.Parameter]) -> str:
     found = [name for name, kind in QUANTISED.items() if any(isinstance(parameter, kind) for parameter in parameters)]
     return ", ".join(found) or "no"
-
-
-def _projector_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The live parameters by their name within the projector; LlavaNext's `image_newline` stands beside it."""
-    projector = find_part(model, "multi_modal_projector")
-    adapted = [name for name, module in projector.named_modules() if isinstance(module, BaseTunerLayer)]
-    if adapted:
-        raise ValueError(
-            f"the projector carries adapters on {', '.join(adapted)}: merge them first (`merge_and_unload` of peft)"
-        )
-    tensors = dict(projector.named_parameters())
-    for name, parameter in model.named_parameters():
-        if name.rpartition(".")[2] == "image_newline":
-            tensors["image_newline"] = parameter
-    return tensors
-
-
-def _whole(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Copy parameters to the CPU, those that FSDP2 or ZeRO-3 keeps in slices put together: a collective."""
-    sliced = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
-    gather = nullcontext()
-    if sliced:
-        import deepspeed  # needed, and so installed, by ZeRO alone
-
-        gather = deepspeed.zero.GatheredParameters(sliced)
-    with gather:
-        tensors = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-
-
-def _projector_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: expected a projector file or a folder that holds one")
-    candidates = (PROJECTOR_FILE, LLAVA_PROJECTOR_FILE, f"projector/{PROJECTOR_FILE}")
-    files = [path / name for name in candidates if (path / name).is_file()]
-    if not files:
-        raise FileNotFoundError(f"{path} holds no projector: expected one of {', '.join(candidates)} in it")
-    if len(files) > 1:
-        raise ValueError(f"{path} holds several projectors ({', '.join(map(str, files))}): name one of these files")
-    return files[0]
-
-
-def _own_name(name: str) -> str:
-    """`model.mm_projector.0.weight` -> `linear_1.weight`; names of our own files come back unchanged."""
-    if "mm_projector." in name:
-        layer, _, tensor = name.rpartition("mm_projector.")[2].partition(".")
-        return f"{LLAVA_LAYERS.get(layer, layer)}.{tensor}"
-    return "image_newline" if name.endswith(".image_newline") else name

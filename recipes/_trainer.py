@@ -1,40 +1,40 @@
 """`LlavaTrainer`, the one `SFTTrainer` subclass; each override names the upstream defect that it mends."""
 
+import contextlib
 import logging
 import os
 import shlex
 import sys
 import types
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 
 import torch
 from datasets import IterableDataset
 from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
-from rich.console import Console
-from rich.text import Text
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 from trl import SFTConfig, SFTTrainer
 
 from _distributed import prepare_for_processes
-from _parts import PARTS, find_part, part_of, part_table
-from collators import IGNORE_INDEX
+from _parts import PARTS, find_part, part_of
+from _start_report import StartReport, Stop
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class LlavaSFTConfig(SFTConfig):
-    """`SFTConfig` with a learning rate for each part of a LLaVA."""
+    """`SFTConfig` with a learning rate for each part of a LLaVA, and a dry run."""
 
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector. Default: --learning_rate."}
     )
     vision_tower_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the vision tower. Default: --learning_rate."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Do all up to the first step, print what would train, and stop."}
     )
 
 
@@ -92,7 +92,7 @@ class LlavaTrainer(SFTTrainer):
         tower = find_part(self.model, "vision_tower")
         tower.forward = types.MethodType(_forward_without_needless_gradients, tower)
         prepare_for_processes(self)
-        self.add_callback(_StartReport(self))
+        self.add_callback(StartReport(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; "True" (from a command line) or "last" means the newest checkpoint that is complete."""
@@ -101,6 +101,11 @@ class LlavaTrainer(SFTTrainer):
         elif str(resume_from_checkpoint).lower() == "false":
             resume_from_checkpoint = None
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def dry_run(self) -> None:
+        """Do what `train` does before its first step, resuming left out, and print what would train; write nothing."""
+        with contextlib.suppress(Stop):
+            super().train()
 
     def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """As `SFTTrainer.training_step`; a parameter that trains in name only is an error after the first backward.
@@ -303,60 +308,3 @@ def _check_dtypes(model, args) -> None:
         raise ValueError(
             "--fp16 beside bfloat16 weights, which cards without bfloat16 cannot use: pass --dtype float16"
         )
-
-
-class _StartReport(TrainerCallback):
-    """Print on the main process, before step 0, what is about to train."""
-
-    def __init__(self, trainer: LlavaTrainer, rows: int = 16):
-        self.trainer, self.rows = trainer, rows
-
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        if not state.is_world_process_zero:
-            return
-        trainer, console = self.trainer, Console()
-        rates = {part: args.learning_rate if rate is None else rate for part, rate in trainer._rates.items()}
-        # A resumed run goes on at the rates of its checkpoint, whatever the command line says now.
-        names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
-        for group in optimizer.param_groups:
-            for name in {names.get(id(parameter)) for parameter in group["params"]} - {None}:
-                rates[part_of(name)] = group.get("initial_lr", group["lr"])
-        console.print(part_table(trainer.model, rates))
-        world, accumulation = args.world_size, args.gradient_accumulation_steps
-        console.print(
-            f"global batch {args.train_batch_size * world * accumulation} rows = {args.train_batch_size} a device × "
-            f"{accumulation} accumulated × {world} process(es); {state.max_steps} steps"
-        )
-        rows = list(islice(iter(trainer.train_dataset), self.rows))
-        batch = trainer.data_collator(rows)
-        tokens, trained = int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORE_INDEX).sum())
-        console.print(f"{trained / tokens:.1%} of the tokens of the first {len(rows)} rows carry loss; the first row:")
-        kept = batch["attention_mask"][0].bool()
-        console.print(mark_trained(trainer.processing_class, batch["input_ids"][0][kept], batch["labels"][0][kept]))
-
-
-def mark_trained(processor, input_ids: torch.Tensor, labels: torch.Tensor) -> Text:
-    """Decode one row for a person: trained spans in green brackets, a run of image tokens as `<image>×576`.
-
-    Args:
-        processor: The processor the ids come from.
-        input_ids: `(seq,)`.
-        labels: `(seq,)`, -100 where nothing trains.
-    """
-    text, kinds = Text(), []
-    for token, label in zip(input_ids.tolist(), labels.tolist(), strict=True):
-        kind = "trained" if label != IGNORE_INDEX else "context"
-        kinds.append("image" if token == processor.image_token_id else kind)
-    start = 0
-    for end in range(1, len(kinds) + 1):
-        if end < len(kinds) and kinds[end] == kinds[start]:
-            continue
-        decoded = processor.tokenizer.decode(input_ids[start:end], skip_special_tokens=False)
-        if kinds[start] == "image":
-            text.append(f"{processor.image_token}×{end - start}", style="cyan")
-        elif kinds[start] == "trained":
-            text.append(f"[{decoded}]", style="bold green")
-        else:
-            text.append(decoded, style="dim")
-        start = end
-    return text

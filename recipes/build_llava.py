@@ -2,11 +2,10 @@
 
 Trains: nothing. Both parts are carried over unchanged, which is checked tensor by tensor on a reload from disk.
 Data: none. A made-up picture and text run through the model to prove what was derived from the parts.
+Result: tested with tiny CLIP and SigLIP towers and Llama, Mistral and Qwen2 models; not measured yet at 7B.
 
     python recipes/build_llava.py --vision_tower openai/clip-vit-large-patch14-336 \
         --language_model lmsys/vicuna-7b-v1.5 --output_dir outputs/llava-init
-
-Result: tested with tiny CLIP and SigLIP towers and Llama, Mistral and Qwen2 models; not measured yet at 7B.
 """
 
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from transformers.models.llava.image_processing_pil_llava import LlavaImageProce
 from trl import TrlParser
 
 from _assembly import assemble, check_picture, check_saved, count_extra_tokens, load_parts
-from _parts import load_projector, part_table
+from _parts import part_table
+from _projector import load_projector
 from collators import LlavaDataCollator, chat_template_path
 
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from _arguments import load_datasets, recipe_parser
-from _parts import save_projector, train_only
+from _parts import train_only
+from _projector import save_projector
 from _trainer import LlavaTrainer, stop_token_ids
 from collators import LlavaDataCollator, chat_template_path, training_chat_template
 
@@ -83,6 +84,8 @@ def main(argv=None):
         eval_dataset=eval_dataset,
         processing_class=processor,
     )
+    if training_args.dry_run:
+        return trainer.dry_run()
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()

@@ -107,6 +107,8 @@ def main(argv=None):
         eval_dataset=eval_dataset,
         processing_class=processor,
     )
+    if training_args.dry_run:
+        return trainer.dry_run()
     trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
     trainer.save_model()
     trainer.save_state()

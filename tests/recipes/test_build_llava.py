@@ -27,7 +27,7 @@ from transformers import (
 
 import build_llava
 import tiny
-from _parts import save_projector
+from _projector import save_projector
 
 TEXT_TOWER = dict(
     vocab_size=64,

@@ -1,4 +1,3 @@
-import copy
 import io
 
 import pytest
@@ -6,7 +5,6 @@ import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, get_peft_model
 from rich.console import Console
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import (
@@ -30,23 +28,10 @@ from transformers import (
 
 import tiny
 from _assembly import assemble, check_picture, check_saved, count_extra_tokens, load_parts
-from _parts import PARTS, find_part, load_projector, part_of, part_table, save_projector, train_only
+from _parts import PARTS, find_part, part_of, part_table, train_only
 
 KINDS = ("llava", "vipllava", "llava_next", "llava_onevision")
 RATES = dict.fromkeys(PARTS, 2e-5)
-# Tensors of the tiny projectors: 32 -> 32 -> 32; VipLlava feeds it two vision layers through a LayerNorm.
-MLP_SHAPES = {"linear_1.weight": (32, 32), "linear_1.bias": (32,), "linear_2.weight": (32, 32), "linear_2.bias": (32,)}
-SHAPES = {
-    "llava": MLP_SHAPES,
-    "vipllava": {
-        **MLP_SHAPES,
-        "linear_1.weight": (32, 64),
-        "projector_layernorm.weight": (64,),
-        "projector_layernorm.bias": (64,),
-    },
-    "llava_next": {**MLP_SHAPES, "image_newline": (32,)},
-    "llava_onevision": {**MLP_SHAPES, "image_newline": (32,)},
-}
 
 
 def make_model(kind, seed=0):
@@ -217,120 +202,6 @@ def test_part_table_counts_a_tied_head_once_and_wants_a_rate_for_what_trains():
     assert cells(part_table(model, RATES))[2][1] == f"{41_632 - 360 * 32:,}"
     with pytest.raises(KeyError, match="vision_tower"):
         part_table(model, {"language_model": 1e-3, "multi_modal_projector": 1e-3})
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_saved_projector_loads_into_another_model(kind, tmp_path):
-    source, target = make_model(kind, seed=1), make_model(kind, seed=2)
-    before = copy.deepcopy(target.state_dict())
-    file = save_projector(source, tmp_path / "projector")
-    assert file == tmp_path / "projector" / "projector.safetensors"
-    assert {name: tuple(tensor.shape) for name, tensor in load_file(file).items()} == SHAPES[kind]
-
-    load_projector(target, tmp_path)  # a stage 1 output, the projector in its folder
-    wanted = source.state_dict()
-    for name, tensor in target.state_dict().items():
-        is_projector = part_of(name) == "multi_modal_projector"
-        assert torch.equal(tensor, wanted[name] if is_projector else before[name]), name
-    assert not torch.equal(before["model.multi_modal_projector.linear_1.weight"], load_file(file)["linear_1.weight"])
-
-
-def llava_layout(tensors):
-    layers = {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"}
-    return {name.replace(part, layers[part]): t for name, t in tensors.items() for part in layers if part in name}
-
-
-@pytest.mark.parametrize("where", ["file", "folder"])
-def test_interchange_with_llavas_own_file(where, tmp_path):
-    source, target = make_model("llava", seed=1), make_model("llava", seed=2)
-    tensors = load_file(save_projector(source, tmp_path / "own.safetensors"))
-    original = llava_layout(tensors)
-    assert sorted(original) == [
-        *["model.mm_projector.0.bias", "model.mm_projector.0.weight"],
-        *["model.mm_projector.2.bias", "model.mm_projector.2.weight"],
-    ]
-    torch.save(original, tmp_path / "mm_projector.bin")
-    load_projector(target, tmp_path if where == "folder" else tmp_path / "mm_projector.bin")
-    for name, tensor in target.model.multi_modal_projector.state_dict().items():
-        assert torch.equal(tensor, tensors[name]), name
-
-
-def test_llavas_file_with_a_newline_loads_into_llava_next(tmp_path):
-    source, target = make_model("llava_next", seed=1), make_model("llava_next", seed=2)
-    tensors = load_file(save_projector(source, tmp_path))
-    torch.save({**llava_layout(tensors), "model.image_newline": tensors["image_newline"]}, tmp_path / "p.bin")
-    load_projector(target, tmp_path / "p.bin")
-    assert torch.equal(target.model.image_newline, source.model.image_newline)
-
-
-def test_load_casts_to_the_models_dtype_and_save_takes_the_trained_copy_of_peft(tmp_path):
-    source = make_model("llava", seed=1)
-    save_projector(source, tmp_path)
-    target = make_model("llava", seed=2).to(torch.bfloat16)
-    load_projector(target, tmp_path)
-    weight = target.model.multi_modal_projector.linear_1.weight
-    assert torch.equal(weight, source.model.multi_modal_projector.linear_1.weight.bfloat16())
-
-    config = LoraConfig(target_modules=r".*language_model.*q_proj", modules_to_save=["multi_modal_projector"])
-    wrapped = get_peft_model(target, config)
-    with torch.no_grad():
-        find_part(wrapped, "multi_modal_projector").linear_1.weight.fill_(7)
-    saved = load_file(save_projector(wrapped, tmp_path / "trained.safetensors"))
-    assert sorted(saved) == sorted(MLP_SHAPES)
-    assert torch.equal(saved["linear_1.weight"], torch.full((32, 32), 7, dtype=torch.bfloat16))
-
-
-def test_save_refuses_a_projector_with_adapters(tmp_path):
-    model = get_peft_model(make_model("llava"), LoraConfig(target_modules=["linear_1"]))
-    with pytest.raises(ValueError, match="the projector carries adapters on linear_1: merge them first"):
-        save_projector(model, tmp_path)
-
-
-def test_misfits_are_one_error_that_lists_them(tmp_path):
-    tensors = {"model.mm_projector.0.weight": torch.zeros(32, 48), "model.mm_projector.0.bias": torch.zeros(32)}
-    torch.save({**tensors, "model.embed_tokens.weight": torch.zeros(2, 32)}, tmp_path / "mm_projector.bin")
-    model = make_model("llava")
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError) as error:
-        load_projector(model, tmp_path)
-    assert str(error.value) == (
-        f"{tmp_path}/mm_projector.bin does not fit this model's projector:\n"
-        "  missing: linear_2.weight (32, 32)\n"
-        "  missing: linear_2.bias (32,)\n"
-        "  unexpected: model.embed_tokens.weight (2, 32)\n"
-        "  wrong shape: linear_1.weight is (32, 48), the model's is (32, 32)\n"
-        "Take a projector made for this vision tower, language model and class."
-    )
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-
-
-class Malicious:
-    def __reduce__(self):
-        return print, ("this must not run",)
-
-
-def test_unreadable_files(tmp_path, capsys):
-    model = make_model("llava")
-    with pytest.raises(FileNotFoundError, match="gone does not exist: expected a projector file or a folder"):
-        load_projector(model, tmp_path / "gone")
-    with pytest.raises(FileNotFoundError, match="holds no projector: expected one of projector.safetensors, mm_proj"):
-        load_projector(model, tmp_path)
-
-    torch.save({"model.mm_projector.0.weight": Malicious()}, tmp_path / "mm_projector.bin")
-    with pytest.raises(ValueError, match="mm_projector.bin: not a readable file of tensors"):
-        load_projector(model, tmp_path)
-    assert "this must not run" not in capsys.readouterr().out
-
-    (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00")
-    with pytest.raises(ValueError, match="cut.safetensors: not a readable file of tensors"):
-        load_projector(model, tmp_path / "cut.safetensors")
-    (tmp_path / "empty.bin").touch()
-    with pytest.raises(ValueError, match="empty.bin: not a readable file of tensors"):
-        load_projector(model, tmp_path / "empty.bin")
-
-    save_file({"linear_1.weight": torch.zeros(1)}, tmp_path / "projector.safetensors")
-    with pytest.raises(ValueError, match="holds several projectors .*: name one of these files"):
-        load_projector(model, tmp_path)
 
 
 SIZES = dict(

@@ -19,8 +19,10 @@ import pretrain_projector
 import sft_full
 import tiny
 from _arguments import recipe_parser
-from _parts import find_part, load_projector, part_of, train_only
-from _trainer import IDLE_FLAGS, LlavaSFTConfig, LlavaTrainer, load_weights, mark_trained
+from _parts import find_part, part_of, train_only
+from _projector import load_projector
+from _start_report import mark_trained
+from _trainer import IDLE_FLAGS, LlavaSFTConfig, LlavaTrainer, load_weights
 from collators import LlavaDataCollator, chat_template_path, load_rows
 from runs import ON_CPU, changed_parts, command, losses, trainable_names, wait_for
 

@@ -1,0 +1,82 @@
+"""What a training recipe prints before step 0, and in full for `--dry_run`.
+
+A file of its own beside `_trainer.py`: this is what a person reads, that is what trains.
+"""
+
+from itertools import islice
+
+import torch
+from rich.console import Console
+from rich.text import Text
+from transformers import TrainerCallback
+
+from _parts import part_of, part_table
+from collators import IGNORE_INDEX
+
+ROWS = 16  # whose share of trained tokens is shown before every run
+DRY_RUN_ROWS = 256  # whose lengths are measured for --dry_run: about a second on a CPU
+
+
+class Stop(Exception):
+    """Raised where the first step would begin, for `--dry_run`."""
+
+
+class StartReport(TrainerCallback):
+    """Print on the main process, before step 0, what is about to train; for `--dry_run` stop there."""
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        if state.is_world_process_zero:
+            self._print(args, state, optimizer, Console())
+        if args.dry_run:
+            raise Stop
+
+    def _print(self, args, state, optimizer, console: Console) -> None:
+        trainer = self.trainer
+        rates = {part: args.learning_rate if rate is None else rate for part, rate in trainer._rates.items()}
+        # A resumed run goes on at the rates of its checkpoint, whatever the command line says now.
+        names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+        for group in optimizer.param_groups:
+            for name in {names.get(id(parameter)) for parameter in group["params"]} - {None}:
+                rates[part_of(name)] = group.get("initial_lr", group["lr"])
+        console.print(part_table(trainer.model, rates))
+        world, accumulation = args.world_size, args.gradient_accumulation_steps
+        console.print(
+            f"global batch {args.train_batch_size * world * accumulation} rows = {args.train_batch_size} a device × "
+            f"{accumulation} accumulated × {world} process(es); {state.max_steps} steps"
+        )
+        rows = list(islice(iter(trainer.train_dataset), ROWS))
+        batch = trainer.data_collator(rows)
+        tokens, trained = int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORE_INDEX).sum())
+        console.print(f"{trained / tokens:.1%} of the tokens of the first {len(rows)} rows carry loss; the first row:")
+        kept = batch["attention_mask"][0].bool()
+        console.print(mark_trained(trainer.processing_class, batch["input_ids"][0][kept], batch["labels"][0][kept]))
+
+
+def mark_trained(processor, input_ids: torch.Tensor, labels: torch.Tensor) -> Text:
+    """Decode one row for a person: trained spans in green brackets, a run of image tokens as `<image>×576`.
+
+    Args:
+        processor: The processor the ids come from.
+        input_ids: `(seq,)`.
+        labels: `(seq,)`, -100 where nothing trains.
+    """
+    text, kinds = Text(), []
+    for token, label in zip(input_ids.tolist(), labels.tolist(), strict=True):
+        kind = "trained" if label != IGNORE_INDEX else "context"
+        kinds.append("image" if token == processor.image_token_id else kind)
+    start = 0
+    for end in range(1, len(kinds) + 1):
+        if end < len(kinds) and kinds[end] == kinds[start]:
+            continue
+        decoded = processor.tokenizer.decode(input_ids[start:end], skip_special_tokens=False)
+        if kinds[start] == "image":
+            text.append(f"{processor.image_token}×{end - start}", style="cyan")
+        elif kinds[start] == "trained":
+            text.append(f"[{decoded}]", style="bold green")
+        else:
+            text.append(decoded, style="dim")
+        start = end
+    return text
