@@ -14,7 +14,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from _parts import find_part, part_of
+from _parts import UNSHARDED, find_part, part_of
 
 
 def prepare_for_processes(trainer) -> None:
@@ -64,12 +64,9 @@ def check_launcher(trainer) -> None:
         )
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("FSDP version 1 is neither made ready nor tested here: set fsdp_version: 2")
+    # A base that is quantised on disk; any other is refused before it is loaded.
     if getattr(trainer.model, "is_quantized", False) and (trainer.is_fsdp_enabled or _is_zero3(trainer)):
-        # accelerate 1.15 leaves packed weights out of FSDP2; transformers 5.23 loads them whole under ZeRO-3.
-        raise ValueError(
-            f"{'FSDP' if trainer.is_fsdp_enabled else 'ZeRO-3'} does not shard a 4-bit or 8-bit base: take "
-            "accelerate_configs/multi_gpu.yaml (DDP, the whole base on each GPU), or --load_in_4bit False"
-        )
+        raise ValueError(UNSHARDED.format("FSDP" if trainer.is_fsdp_enabled else "ZeRO-3"))
 
 
 def layer_classes(model: nn.Module) -> list[str]:
