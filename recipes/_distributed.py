@@ -165,8 +165,8 @@ def _save_under_hub_names(model: nn.Module) -> None:
     """Forget the key renamings that loading did not use, so that saving does not undo them.
 
     `from_pretrained` keeps those it used, but under ZeRO-3 all that it knows: a saved Llava then has
-    `language_model.model.model.layers…` (transformers 5.23, integrations/deepspeed.py). transformers still reads
-    that, other engines do not.
+    `language_model.model.model.layers…` (transformers 5.23, integrations/deepspeed.py), which transformers
+    reads, but which are not the hub's names.
     """
     for module in model.modules():
         if getattr(module, "_weight_conversions", None):
