@@ -5,14 +5,16 @@ Which launch file to take, and what each of them shards: docs/multi_gpu.md.
 
 import os
 import types
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from PIL import Image
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
-from _parts import find_part, part_of
+from _parts import UNSHARDED, find_part, part_of
 
 
 def prepare_for_processes(trainer) -> None:
@@ -62,12 +64,9 @@ def check_launcher(trainer) -> None:
         )
     if trainer.is_fsdp_enabled and trainer.accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise ValueError("FSDP version 1 is neither made ready nor tested here: set fsdp_version: 2")
+    # A base that is quantised on disk; any other is refused before it is loaded.
     if getattr(trainer.model, "is_quantized", False) and (trainer.is_fsdp_enabled or _is_zero3(trainer)):
-        # accelerate 1.15 leaves packed weights out of FSDP2; transformers 5.23 loads them whole under ZeRO-3.
-        raise ValueError(
-            f"{'FSDP' if trainer.is_fsdp_enabled else 'ZeRO-3'} does not shard a 4-bit or 8-bit base: take "
-            "accelerate_configs/multi_gpu.yaml (DDP, the whole base on each GPU), or --load_in_4bit False"
-        )
+        raise ValueError(UNSHARDED.format("FSDP" if trainer.is_fsdp_enabled else "ZeRO-3"))
 
 
 def layer_classes(model: nn.Module) -> list[str]:
@@ -120,6 +119,23 @@ def show_a_blank_picture(model: nn.Module, processor) -> None:
     inner.forward = types.MethodType(forward, inner)
 
 
+def whole_tensors(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Copy parameters to the CPU, those that FSDP2 or ZeRO-3 keeps in slices put together: every process must call it.
+
+    Args:
+        parameters: live ones by any name.
+    """
+    sliced = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
+    gather = nullcontext()
+    if sliced:
+        import deepspeed  # needed, and so installed, by ZeRO alone
+
+        gather = deepspeed.zero.GatheredParameters(sliced)
+    with gather:
+        tensors = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
+        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
 def _inner_model(model: nn.Module) -> nn.Module:
     """The module that owns tower, projector and language model: `LlavaModel` and its relatives."""
     for module in model.modules():
@@ -161,8 +177,8 @@ def _save_under_hub_names(model: nn.Module) -> None:
     """Forget the key renamings that loading did not use, so that saving does not undo them.
 
     `from_pretrained` keeps those it used, but under ZeRO-3 all that it knows: a saved Llava then has
-    `language_model.model.model.layers…` (transformers 5.23, integrations/deepspeed.py). transformers still reads
-    that, other engines do not.
+    `language_model.model.model.layers…` (transformers 5.23, integrations/deepspeed.py), which transformers
+    reads, but which are not the hub's names.
     """
     for module in model.modules():
         if getattr(module, "_weight_conversions", None):

@@ -6,6 +6,7 @@ stand outside of them and are counted with the part that they serve.
 """
 
 import copy
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -19,6 +20,7 @@ from rich import box
 from rich.table import Table
 from torch import nn
 from transformers import TrainingArguments
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import ModelConfig, get_quantization_config
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
@@ -26,6 +28,11 @@ PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 # or end alone ("vision_tower" is neither); with `lm_head`, since any list replaces the default that spares it.
 UNQUANTISED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 QUANTISED = {"4-bit": Params4bit, "8-bit": Int8Params}
+# accelerate 1.15 leaves packed weights out of FSDP2; transformers 5.23 refuses them a device under ZeRO-3.
+UNSHARDED = (
+    "{} does not shard a 4-bit or 8-bit base: take accelerate_configs/multi_gpu.yaml (DDP, the whole base on each "
+    "GPU), or --load_in_4bit False"
+)
 OWNERS = {**{part: part for part in PARTS}, "lm_head": "language_model", "image_newline": "multi_modal_projector"}
 LAYER = re.compile(r"\.layers\.(\d+)\.")
 
@@ -92,10 +99,15 @@ def quantised_loading(model_args: ModelConfig, training_args: TrainingArguments)
     Empty where neither is asked for: a `BitsAndBytesConfig(load_in_4bit=False)` with other 4-bit fields quantises.
 
     Raises:
-        ValueError: `--dtype auto`, which does not say in which dtype the quantised layers compute.
+        ValueError: `--dtype auto`, which does not say in which dtype the quantised layers compute; or the launcher
+            shards weights.
     """
     if not (model_args.load_in_4bit or model_args.load_in_8bit):
         return {}
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(UNSHARDED.format("ZeRO-3"))
+    if training_args.fsdp or os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise ValueError(UNSHARDED.format("FSDP"))
     if model_args.dtype == "auto":
         raise ValueError("--dtype auto beside a quantised base: say --dtype bfloat16, or float16 on cards without it")
     config = get_quantization_config(model_args)

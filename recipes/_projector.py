@@ -15,7 +15,6 @@ A file of its own beside `_parts.py`: three recipes move projectors, and none th
 import json
 import pickle
 import re
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -23,8 +22,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from _distributed import whole_tensors
 from _parts import find_part
 
 PROJECTOR_FILE = "projector.safetensors"
@@ -47,11 +46,11 @@ def save_projector(model: nn.Module, path: str | Path, write: bool = True) -> Pa
     folder once `xtuner.model.modules` is imported, as xtuner's own tools do.
 
     Args:
-        model: any Llava class, bare or wrapped; of a PEFT `modules_to_save` copy the active one is written. Of a
-            sharded one (FSDP2, ZeRO-3) each process holds a slice, so all must call this.
+        model: any Llava class, bare or wrapped; of a PEFT `modules_to_save` copy the active one is written.
         path: see above. Not a folder that serves as a checkpoint: engines that read every `*.safetensors` of a
             checkpoint would trip over our own file.
-        write: False on all processes but the one that writes.
+        write: False on all processes but the one that writes. Of a sharded model (FSDP2, ZeRO-3) each process holds a
+            slice, so all must call this.
 
     Returns:
         The file written.
@@ -64,7 +63,7 @@ def save_projector(model: nn.Module, path: str | Path, write: bool = True) -> Pa
     """
     path = Path(path)
     file = path if path.suffix in (".safetensors", ".bin") else path / PROJECTOR_FILE
-    tensors = _whole(_projector_tensors(model))
+    tensors = whole_tensors(_projector_tensors(model))
     if not write:
         return file
     if file.suffix == ".bin":
@@ -157,19 +156,6 @@ def _projector_tensors(model: nn.Module) -> dict[str, nn.Parameter]:
         if name.rpartition(".")[2] == "image_newline":
             tensors["image_newline"] = parameter
     return tensors
-
-
-def _whole(parameters: dict[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Copy parameters to the CPU, those that FSDP2 or ZeRO-3 keeps in slices put together: a collective."""
-    sliced = [parameter for parameter in parameters.values() if hasattr(parameter, "ds_id")]
-    gather = nullcontext()
-    if sliced:
-        import deepspeed  # needed, and so installed, by ZeRO alone
-
-        gather = deepspeed.zero.GatheredParameters(sliced)
-    with gather:
-        tensors = {name: p.full_tensor() if isinstance(p, DTensor) else p for name, p in parameters.items()}
-        return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
 
 
 def _projector_file(path: Path) -> Path:

@@ -79,8 +79,8 @@ class Launch:
             time.sleep(0.002)
 
 
-def accelerate(config: str, recipe: str, flags: list[str], out: Path) -> Launch:
+def accelerate(config: str, recipe: str, flags: list[str], out: Path, **environment: str) -> Launch:
     """`accelerate launch --config_file accelerate_configs/CONFIG.yaml recipes/RECIPE.py …`."""
     file = f"accelerate_configs/{config}.yaml"
     launcher = ["accelerate.commands.launch", "--config_file", file]
-    return Launch([*launcher, f"recipes/{recipe}.py", *flags], out)
+    return Launch([*launcher, f"recipes/{recipe}.py", *flags], out, environment)

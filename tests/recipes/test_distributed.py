@@ -209,7 +209,8 @@ def test_two_machines(launcher, base, data, single, tmp_path):
     ],
 )
 def test_refused_by_two_processes(launcher, method, environment, message, base, data, tmp_path):
-    run = accelerate(launcher, METHODS[method][0], flags(base(), data, tmp_path / "out", method), tmp_path / "out")
+    out = tmp_path / "out"
+    run = accelerate(launcher, METHODS[method][0], flags(base(), data, out, method), out, **environment)
     run.wait()
     assert message in run.printed
 
