@@ -8,12 +8,12 @@ GPU has been measured.
 
 import torch
 from bitsandbytes.nn import Linear4bit
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from _memory import GIB, MemoryPlan, predict_memory
-from _parts import train_only
+from _parts import add_adapters, train_only
 from _trainer import LlavaSFTConfig
 
 # Sizes of the released checkpoints: Vicuna and CLIP ViT-L/14 at 336 pixels, 576 image tokens.
@@ -29,7 +29,6 @@ CLIP = dict(
     image_size=336,
     patch_size=14,
 )
-LINEARS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 CARDS = (16, 24, 40, 48, 80)
 USABLE = 0.95  # of a card's nominal size, read as GiB: a 16 GB card shows 15 to 16 GiB
 BATCHES = {"pretrain_projector": (32, 4, 1), "sft_full": (16, 4, 1)}
@@ -49,18 +48,8 @@ def make_model(recipe: str, size: str, rank: int = 128) -> torch.nn.Module:
     if recipe == "pretrain_projector":
         train_only(model, ["multi_modal_projector"])
         return model
-    adapters = LoraConfig(
-        r=rank,
-        lora_dropout=0.05,
-        use_dora=recipe.endswith("DoRA"),
-        target_modules=LINEARS,
-        modules_to_save=["multi_modal_projector"],
-    )
     with torch.device("meta"):
-        model = get_peft_model(model, adapters)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
+        model = add_adapters(model, LoraConfig(r=rank, lora_dropout=0.05, use_dora=recipe.endswith("DoRA")))
     if recipe.startswith("Q"):
         quantise(model)
     return model

@@ -69,6 +69,8 @@ class LlavaTrainer(SFTTrainer):
                 f"    accelerate launch --multi_gpu --num_processes {args.n_gpu} {shlex.join(sys.argv)}\n"
                 f"or one of them with\n    CUDA_VISIBLE_DEVICES=0 python {shlex.join(sys.argv)}"
             )
+        if kwargs.get("peft_config") is not None:
+            raise ValueError("peft_config: pass a model that has its adapters (_parts.add_adapters) instead")
         _check_flags(args, kwargs.get("train_dataset"))
         _check_dtypes(model, args)
         _check_generation_config(model)

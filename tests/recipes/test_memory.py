@@ -9,7 +9,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Params4bit
 from bitsandbytes.optim import GlobalOptimManager
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -25,14 +25,12 @@ from trl.trainer.utils import add_fused_lm_head
 
 import tiny
 from _memory import GIB, MemoryPlan, _bytes, _moments, predict_memory
-from _parts import train_only
+from _parts import UNQUANTISED, add_adapters, train_only
 from _trainer import LlavaSFTConfig, LlavaTrainer
 from collators import LlavaDataCollator, chat_template_path, load_rows
 
 ROOT = Path(__file__).parent.parent.parent
-LINEARS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 QUANTISED = dict(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-SKIPPED = ["model.vision_tower", "model.multi_modal_projector", "lm_head"]
 
 
 def make_processor():
@@ -69,21 +67,17 @@ def make_model(processor, recipe, folder, dtype=torch.float32, attention="sdpa",
     model = LlavaForConditionalGeneration(config).to(dtype)
     if recipe.startswith("Q"):
         model.save_pretrained(folder)
-        quantisation = BitsAndBytesConfig(**QUANTISED, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=SKIPPED)
+        quantisation = BitsAndBytesConfig(
+            **QUANTISED, bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(UNQUANTISED)
+        )
         model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype, quantization_config=quantisation)
     model.set_attn_implementation(attention)
     model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
     return model
 
 
-def adapters(recipe, dropout=0.0):
-    return LoraConfig(
-        r=16,
-        lora_dropout=dropout,
-        use_dora="DoRA" in recipe,
-        target_modules=LINEARS,
-        modules_to_save=["multi_modal_projector"],
-    )
+def adapt(model, recipe="LoRA", dropout=0.0):
+    return add_adapters(model, LoraConfig(r=16, lora_dropout=dropout, use_dora="DoRA" in recipe))
 
 
 PARTS = {
@@ -155,6 +149,8 @@ def train(
     model = make_model(processor, recipe, folder / "base", dtype, attention, layers)
     if recipe in PARTS:
         train_only(model, PARTS[recipe])
+    else:
+        model = adapt(model, recipe, dropout)
     flags = {"optim": "adamw_torch", "bf16": False, "gradient_accumulation_steps": 2, "max_steps": 2} | flags
     args = LlavaSFTConfig(
         output_dir=str(folder / "out"),
@@ -174,11 +170,7 @@ def train(
         processing_class=processor,
         data_collator=LlavaDataCollator(processor, max_length=4096),
         train_dataset=rows,
-        peft_config=None if recipe in PARTS else adapters(recipe, dropout),
     )
-    for parameter in trainer.model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     trainer.train()
     batch = trainer.data_collator([rows[0], rows[1]])
     trainer.sizes = dict(batch_size=2, tokens=batch["input_ids"].shape[1], pictures=2)
@@ -274,7 +266,7 @@ def test_every_class_bare_and_wrapped_on_the_meta_device_too(kind, text):
     model = tiny.make_model(tiny.make_processor(), kind, text)
     train_only(model, PARTS["full"])
     assert predict(model) == predict(model.to("meta"))
-    model = get_peft_model(tiny.make_model(tiny.make_processor(), kind, text), adapters("LoRA"))
+    model = adapt(tiny.make_model(tiny.make_processor(), kind, text))
     assert predict(model) == predict(model.to("meta"))
 
 
@@ -284,7 +276,7 @@ def test_tied_weights_count_once_and_originals_of_modules_to_save_too():
     plan = predict(model)
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
     assert plan.parameters - predict(model).parameters == model.lm_head.weight.numel() * 4
-    wrapped = get_peft_model(tiny.make_model(tiny.make_processor()), adapters("LoRA"))
+    wrapped = adapt(tiny.make_model(tiny.make_processor()))
     projector = 2 * (32 * 32 + 32) * 4
     lora = 2 * (4 * 16 * 32 + 2 * 16 * 32 + 2 * 16 * 16 + 3 * 16 * (32 + 64)) * 4
     assert predict(wrapped).parameters == plan.parameters + projector + lora
@@ -415,10 +407,7 @@ def fake_7b(recipe):
         model.to(torch.bfloat16)
         with torch.device("meta"):
             add_fused_lm_head(model)
-            model = get_peft_model(model, adapters(recipe))
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+            model = adapt(model, recipe)
     if recipe == "full":
         add_fused_lm_head(model)
     return model.train()
