@@ -435,11 +435,3 @@ def test_checkpoints_that_cannot_be_parts(parts, tmp_path):
     ):
         build(parts, tmp_path / "llava", "--vision_tower", str(parts / "language_model"))
     assert not (tmp_path / "llava").exists()
-
-
-def test_the_documented_command_parses():
-    command = re.search(r"python recipes/build_llava.py (.*?)\n\n", build_llava.__doc__, re.DOTALL).group(1)
-    (options,) = build_llava.make_parser().parse_args_and_config(command.replace("\\\n", " ").split())
-    assert options == build_llava.BuildArguments(
-        "openai/clip-vit-large-patch14-336", "lmsys/vicuna-7b-v1.5", "outputs/llava-init"
-    )
