@@ -34,7 +34,7 @@ UNSHARDED = (
     "GPU), or --load_in_4bit False"
 )
 OWNERS = {**{part: part for part in PARTS}, "lm_head": "language_model", "image_newline": "multi_modal_projector"}
-LAYER = re.compile(r"\.layers\.(\d+)\.")
+LAYER = re.compile(r"\.(\d+)\.")  # the first number in a dotted name is the layer's
 
 
 def part_of(parameter_name: str) -> str:
@@ -154,7 +154,11 @@ def add_adapters(
         if _is_quantised(parameter) and (part_of(name) != "language_model" or "lm_head" in name):
             raise ValueError(f"{name} is quantised: load with llm_int8_skip_modules={list(UNQUANTISED)}")
 
-    chosen = _named(_linear_layers(model, "language_model"), config.target_modules)
+    layers = _linear_layers(model, "language_model")
+    if not layers:
+        name = type(find_part(model, "language_model")).__name__
+        raise ValueError(f"{name} has no numbered linear layers for adapters: take recipes/sft_full.py")
+    chosen = _named(layers, config.target_modules)
     config = copy.deepcopy(config)
     if lora_vision_tower:
         chosen += _linear_layers(model, "vision_tower")
@@ -229,7 +233,7 @@ def _bypassed(model: nn.Module) -> set[str]:
     """Names of the tower's parameters behind the layer whose features are used: they never get a gradient."""
     names = [name for name, _ in model.named_parameters() if part_of(name) == "vision_tower"]
     layers = [int(found[1]) if (found := LAYER.search(name)) else None for name in names]
-    count = 1 + max(layer for layer in layers if layer is not None)
+    count = 1 + max((layer for layer in layers if layer is not None), default=-1)
     # Hidden state 0 is what enters layer 0, so hidden state k is what leaves layer k - 1.
     features = model.config.vision_feature_layer
     features = [features] if isinstance(features, int) else features
@@ -274,7 +278,7 @@ def _pattern(layers: list[str]) -> str:
     blocks = defaultdict(list)
     for layer in layers:
         stem, number, rest = LAYER.split(layer, maxsplit=1)
-        blocks[f"{stem}.layers", rest].append(number)
+        blocks[stem, rest].append(number)
     rests = defaultdict(list)
     for (stem, rest), numbers in blocks.items():
         rests[stem, "|".join(numbers)].append(re.escape(rest))

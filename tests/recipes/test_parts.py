@@ -4,6 +4,7 @@ import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
 from peft import LoraConfig, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from rich.console import Console
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -28,7 +29,7 @@ from transformers import (
 
 import tiny
 from _assembly import assemble, check_picture, check_saved, count_extra_tokens, load_parts
-from _parts import PARTS, find_part, part_of, part_table, train_only
+from _parts import PARTS, add_adapters, find_part, part_of, part_table, train_only
 
 KINDS = ("llava", "vipllava", "llava_next", "llava_onevision")
 RATES = dict.fromkeys(PARTS, 2e-5)
@@ -320,3 +321,54 @@ def test_load_parts_and_check_saved(tmp_path):
         with pytest.raises(ValueError, match=f"{part}.{name} differs from the part it was made of"):
             check_saved(tmp_path / "llava", *load_parts(*paths), projector)
         module.weight.data.copy_(original)
+
+
+# Adapters (what a run trains of them: test_sft_qlora.py)
+
+
+def adapted_layers(model):
+    return {
+        name.removeprefix("base_model.model.") for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)
+    }
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adapters_stand_on_their_part_of_every_class(kind):
+    """Both towers have three layers; LlavaOnevision uses the last hidden state, the others the one before."""
+    used = 3 if kind == "llava_onevision" else 2
+    model = add_adapters(make_model(kind), LoraConfig(r=2), lora_vision_tower=True)
+    layers = adapted_layers(model)
+    tower = {name for name in layers if "vision_tower" in name}
+    assert len(layers - tower) == 14 and all(
+        name.startswith("model.language_model.layers.") for name in layers - tower
+    )
+    assert {int(name.split(".layers.")[1][0]) for name in tower} == set(range(used)) and len(tower) == 6 * used
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert all("lora_" in name or ".modules_to_save.default." in name for name in trained)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_a_trained_tower_the_layers_behind_the_features_stay_frozen(kind):
+    model = make_model(kind)
+    train_only(model, ["vision_tower"])
+    frozen = {name for name, parameter in model.model.vision_tower.named_parameters() if not parameter.requires_grad}
+    ends = {name.split(".")[0] for name in frozen if ".layers." not in name}
+    if kind == "llava_onevision":
+        assert ends == {"post_layernorm", "head"} and not any(".layers." in name for name in frozen)
+    else:
+        assert ends == {"post_layernorm"}
+        assert {name.split(".layers.")[1][0] for name in frozen if ".layers." in name} == {"2"}
+
+
+def test_a_language_model_without_linear_layers_is_refused():
+    model = tiny.make_model(tiny.make_processor())
+    model.model.language_model.layers = nn.ModuleList()
+    with pytest.raises(ValueError, match="LlamaModel has no numbered linear layers for adapters"):
+        add_adapters(model, LoraConfig(r=2))
+
+
+def test_a_quantised_tower_is_refused():
+    model = tiny.make_model(tiny.make_processor())
+    model.model.vision_tower.encoder.layers[0].mlp.fc1 = quantised_linear()
+    with pytest.raises(ValueError, match="fc1.weight is quantised: load with llm_int8_skip_modules="):
+        add_adapters(model, LoraConfig(r=2))
