@@ -275,7 +275,9 @@ class _Precision:
     autocast: bool
 
 
-def _layer_bytes(layer: nn.Module, config, precision: _Precision, tokens: int, attended: int, padded: bool) -> _Layer:
+def _layer_bytes(
+    layer: nn.Module, config, precision: _Precision, tokens: int, attended: int, padded: bool, on_cpu: bool
+) -> _Layer:
     """What one layer keeps for its backward pass, term by term in bytes a token.
 
     Args:
@@ -285,7 +287,10 @@ def _layer_bytes(layer: nn.Module, config, precision: _Precision, tokens: int, a
         tokens: Of the whole batch.
         attended: Tokens of one row.
         padded: Whether attention needs a mask: rows of several lengths.
+        on_cpu: Whether the run is on a CPU, whose dropout masks are of the adapter's dtype (torch 2.13).
     """
+    if missing := [name for name in ("intermediate_size", "num_attention_heads") if not hasattr(config, name)]:
+        raise ValueError(f"{type(config).__name__} has no {missing[0]}: expected layers of the Llama or CLIP kind")
     hidden, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or hidden // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -323,8 +328,7 @@ def _layer_bytes(layer: nn.Module, config, precision: _Precision, tokens: int, a
             rank, dropout = module.r[adapter], getattr(module.lora_dropout[adapter], "p", 0)
             a_token += rank * half
             own_copy = precision.autocast or dropout > 0
-            if dropout:  # the mask: a byte on a GPU, of the adapter's dtype on a CPU (torch 2.13)
-                on_cpu = weight.device.type == "cpu"
+            if dropout:
                 a_token += module.in_features * (module.lora_A[adapter].weight.element_size() if on_cpu else 1)
             if adapter in module.lora_magnitude_vector:
                 a_token += 2 * module.out_features * half  # what magnitudes multiply: base and adapter output
@@ -373,7 +377,8 @@ def _moments(
 
     inside = precision(text)
     rows, hidden = batch_size * tokens, text.config.hidden_size
-    layers = [_layer_bytes(m, text.config, inside, rows, tokens, batch_size > 1) for m in _layers(text)]
+    on_cpu = args.device.type == "cpu" and next(text.parameters()).device.type == "cpu"
+    layers = [_layer_bytes(m, text.config, inside, rows, tokens, batch_size > 1, on_cpu) for m in _layers(text)]
     stored = rows * hidden * inside.residual * len(layers)
     if not args.gradient_checkpointing:
         stored = sum(layer.saved for layer in layers)
@@ -388,7 +393,8 @@ def _moments(
     features += pictures * tower.config.num_channels * tower.config.image_size**2 * 4
     if any(parameter.requires_grad for parameter in tower.parameters()):
         seeing = [
-            _layer_bytes(m, tower.config, vision, seen, _tower_tokens(tower.config), False) for m in _layers(tower)
+            _layer_bytes(m, tower.config, vision, seen, _tower_tokens(tower.config), False, on_cpu)
+            for m in _layers(tower)
         ]
         if args.gradient_checkpointing:
             stored += seen * tower.config.hidden_size * vision.residual * len(seeing)

@@ -19,7 +19,9 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from peft.utils.save_and_load import load_peft_weights
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from _parts import find_part
 from collators import load_image, load_rows, read_row
@@ -29,6 +31,22 @@ from collators import load_image, load_rows, read_row
 # a few steps, 0.072 in bfloat16. The bounds leave room for wider models: in the 16-bit dtypes they are 32 times the
 # distance between 1 and the next number.
 ROUNDING = {torch.float32: 1e-4, torch.float16: 0.03, torch.bfloat16: 0.25}
+
+
+def clear_place(output_dir: str) -> Path:
+    """Resolve the folder that is to be made, and remove an empty one that stands there.
+
+    At the beginning rather than at the end, where a folder that cannot be replaced would cost the whole work.
+
+    Raises:
+        OSError: there is something else, a folder that is not empty, or one that is in use.
+    """
+    output = Path(output_dir).resolve()
+    if output.exists():
+        if not output.is_dir() or any(output.iterdir()):
+            raise FileExistsError(f"{output} is not empty: choose another --output_dir")
+        output.rmdir()
+    return output
 
 
 def read_adapter_config(folder: str | Path) -> PeftConfig:
@@ -121,13 +139,29 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
         lines = "\n  ".join(faults)
         raise ValueError(
             f"the adapter in {folder} does not fit {config.target_modules!r} of this base:\n  {lines}\n"
-            "Pass the --base that it was trained on; if that is right, its file is cut or of another run."
+            "Pass the --base that it was trained on; if that is right, its file is cut, of another run, or has "
+            "adapters on embeddings or lm_head, which are not supported."
         )
     set_peft_model_state_dict(model, tensors)
     loaded = get_peft_model_state_dict(model, save_embedding_layers=False)
     if lost := [key for key in tensors if not torch.equal(loaded[key], tensors[key].to(loaded[key]))]:
         raise ValueError(f"peft did not load {', '.join(lost)} of {folder}")
     return model.eval()
+
+
+def check_whole_modules(model: PreTrainedModel, folder: str | Path) -> None:
+    """Compare what was trained whole (the projector) with the adapter's file, tensor for tensor, after the merge.
+
+    The logits alone would not do: in bfloat16 a projector that trained for a few steps hides in the rounding.
+
+    Raises:
+        ValueError: a tensor of the merged model is another than the file's in the model's dtype.
+    """
+    parameters = dict(model.named_parameters())
+    for key, tensor in load_peft_weights(str(folder), device="cpu").items():
+        name = _todays_key(key).removeprefix("base_model.model.")
+        if name in parameters and not torch.equal(parameters[name].cpu(), tensor.to(parameters[name].dtype)):
+            raise ValueError(f"{name} of the merged model is not the one in {folder}. Nothing was written.")
 
 
 def first_row(dataset_name: str, image_folder: str | None = None) -> dict:
@@ -164,6 +198,7 @@ def judge_merge(base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor,
     is within the dtype's roundings; and it is below half of the adapter's effect, the difference between the adapter
     model and the base, so that what was learnt outweighs it. The second is what catches a merge that did nothing: its
     difference is the whole effect. In a 16-bit dtype one wrong layer of many may pass both; in float32 it does not.
+    (`check_whole_modules` compares the projector exactly.)
 
     Args:
         base: Logits `(tokens, vocabulary)` with the adapter off.
@@ -175,8 +210,8 @@ def judge_merge(base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor,
         One line on the difference.
 
     Raises:
-        ValueError: the difference is not explained by rounding, or outweighs the adapter (one without any effect on
-            the row included); or logits are not finite.
+        ValueError: the difference is not explained by rounding, or outweighs the adapter; the adapter has no effect on
+            the row; or logits are not finite.
     """
     for name, logits in (("base", base), ("adapter model", adapted), ("merged model", merged)):
         if not logits.isfinite().all():
@@ -194,6 +229,8 @@ def judge_merge(base: torch.Tensor, adapted: torch.Tensor, merged: torch.Tensor,
             "merged model is not the one that was trained. If --dtype float32 merges it, it was rounding after all. "
             "Nothing was written."
         )
+    if effect == 0:
+        raise ValueError(f"{line}. The adapter changes nothing on this row: was it trained? Nothing was written.")
     if difference >= effect / 2:
         raise ValueError(
             f"{line}. The difference is not below half of the adapter's effect on this row, so the merge would lose "
@@ -246,6 +283,8 @@ def write_legacy_files(processor: ProcessorMixin, folder: Path) -> None:
     - The tokenizer class `PreTrainedTokenizerFast`, which transformers 5 calls `TokenizersBackend`.
     - `rope_theta` and `rope_scaling`, which transformers 5 keeps in `rope_parameters`: transformers 4.57 takes 10000
       without a word when `rope_theta` is missing, which is wrong for Mistral and Qwen2.
+    - The `vision_model` level in the names of a CLIP or SigLIP tower that was built on transformers 5: 4.57 leaves the
+      whole tower random without it, with a warning.
     """
     image_processor = json.loads(processor.image_processor.to_json_string())
     image_processor["processor_class"] = type(processor).__name__
@@ -258,11 +297,22 @@ def write_legacy_files(processor: ProcessorMixin, folder: Path) -> None:
         _write_json(folder / "tokenizer_config.json", tokenizer | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
     config = _read_json(folder / "config.json")
-    rope = config["text_config"]["rope_parameters"]
-    config["text_config"]["rope_theta"] = rope["rope_theta"]
-    if rope["rope_type"] != "default":
-        config["text_config"]["rope_scaling"] = {name: value for name, value in rope.items() if name != "rope_theta"}
+    rope = config["text_config"].get("rope_parameters") or {}
+    if "rope_theta" in rope:
+        config["text_config"]["rope_theta"] = rope["rope_theta"]
+        if rope["rope_type"] != "default":
+            scaling = {name: value for name, value in rope.items() if name != "rope_theta"}
+            config["text_config"]["rope_scaling"] = scaling
     _write_json(folder / "config.json", config)
+
+    if config["vision_config"]["model_type"] not in ("clip_vision_model", "siglip_vision_model"):
+        return
+    for file in folder.glob("*.safetensors"):
+        save_file({_legacy_name(name): tensor for name, tensor in load_file(file).items()}, file, {"format": "pt"})
+    if (index := folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        content = _read_json(index)
+        content["weight_map"] = {_legacy_name(name): file for name, file in content["weight_map"].items()}
+        _write_json(index, content)
 
 
 def upload(folder: Path, repo_id: str) -> str:
@@ -282,6 +332,10 @@ def upload(folder: Path, repo_id: str) -> str:
             f"{folder} is complete, but could not be uploaded to {repo_id} ({error}): once that is mended, run "
             f"hf upload {repo_id} {folder}"
         ) from None
+
+
+def _legacy_name(name: str) -> str:
+    return re.sub(r"(^|\.)vision_tower\.(?!vision_model\.)", r"\1vision_tower.vision_model.", name)
 
 
 def _read_back(folder: Path, row: dict, device: str) -> dict:

@@ -14,14 +14,16 @@ from collections.abc import Iterable
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Params4bit
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import dequantize_module_weight, gather_params_ctx
 from rich import box
 from rich.table import Table
 from torch import nn
 from transformers import TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
-from trl import ModelConfig, get_quantization_config
+from trl import ModelConfig, get_peft_config, get_quantization_config
 
 PARTS = ("vision_tower", "multi_modal_projector", "language_model")
 # For `BitsAndBytesConfig(llm_int8_skip_modules=...)`. Names from the root, since transformers 5 matches a name's start
@@ -115,6 +117,13 @@ def quantised_loading(model_args: ModelConfig, training_args: TrainingArguments)
     return {"quantization_config": config, "device_map": {"": training_args.device}}
 
 
+def adapter_config(model_args: ModelConfig) -> LoraConfig:
+    """TRL's `get_peft_config`, and the revision of the base, which PEFT, evaluating and merging read from it."""
+    config = get_peft_config(model_args)
+    config.revision = None if model_args.model_revision == "main" else model_args.model_revision
+    return config
+
+
 def add_adapters(
     model: nn.Module,
     config: LoraConfig,
@@ -154,11 +163,7 @@ def add_adapters(
         if _is_quantised(parameter) and (part_of(name) != "language_model" or "lm_head" in name):
             raise ValueError(f"{name} is quantised: load with llm_int8_skip_modules={list(UNQUANTISED)}")
 
-    layers = _linear_layers(model, "language_model")
-    if not layers:
-        name = type(find_part(model, "language_model")).__name__
-        raise ValueError(f"{name} has no numbered linear layers for adapters: take recipes/sft_full.py")
-    chosen = _named(layers, config.target_modules)
+    chosen = _named(_linear_layers(model, "language_model"), config.target_modules)
     config = copy.deepcopy(config)
     if lora_vision_tower:
         chosen += _linear_layers(model, "vision_tower")
@@ -172,6 +177,7 @@ def add_adapters(
             # them so: training after the first evaluation would lose its gradients (bitsandbytes 0.50.2).
             module.support_avx512bf16_for_cpu = False
     model = get_peft_model(model, config)
+    _set_magnitudes(model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -229,11 +235,27 @@ def part_table(model: nn.Module, learning_rates: dict[str, float]) -> Table:
     return table
 
 
+def _set_magnitudes(model: PeftModel) -> None:
+    """Start DoRA's magnitudes from the norms of the weights in float32, as its forward pass takes them.
+
+    PEFT takes them in the base's dtype: in bfloat16 they are off by up to 0.4 %, and the model does not start from
+    its base (peft 0.21).
+    """
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            for magnitude in module.lora_magnitude_vector.values():
+                base = module.get_base_layer()
+                with gather_params_ctx(base.parameters()):
+                    magnitude.weight.data = dequantize_module_weight(base).detach().float().norm(dim=1)
+
+
 def _bypassed(model: nn.Module) -> set[str]:
     """Names of the tower's parameters behind the layer whose features are used: they never get a gradient."""
     names = [name for name, _ in model.named_parameters() if part_of(name) == "vision_tower"]
     layers = [int(found[1]) if (found := LAYER.search(name)) else None for name in names]
-    count = 1 + max((layer for layer in layers if layer is not None), default=-1)
+    if not any(layer is not None for layer in layers):
+        return set()
+    count = 1 + max(layer for layer in layers if layer is not None)
     # Hidden state 0 is what enters layer 0, so hidden state k is what leaves layer k - 1.
     features = model.config.vision_feature_layer
     features = [features] if isinstance(features, int) else features
@@ -249,7 +271,7 @@ def _bypassed(model: nn.Module) -> set[str]:
 def _linear_layers(model: nn.Module, part: str) -> list[str]:
     """Names of the linear layers that an adapter may stand on: numbered ones, that the part's output depends on."""
     bypassed = _bypassed(model)
-    return [
+    names = [
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
@@ -257,6 +279,10 @@ def _linear_layers(model: nn.Module, part: str) -> list[str]:
         and LAYER.search(name)
         and f"{name}.weight" not in bypassed
     ]
+    if not names:
+        kind = type(find_part(model, part)).__name__
+        raise ValueError(f"{kind} has no numbered linear layers for adapters; recipes/sft_full.py trains it whole")
+    return names
 
 
 def _named(layers: list[str], wanted: str | list[str] | None) -> list[str]:

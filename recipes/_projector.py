@@ -13,6 +13,7 @@ A file of its own beside `_parts.py`: three recipes move projectors, and none th
 """
 
 import json
+import logging
 import pickle
 import re
 from pathlib import Path
@@ -25,6 +26,8 @@ from torch import nn
 
 from _distributed import whole_tensors
 from _parts import find_part
+
+logger = logging.getLogger(__name__)
 
 PROJECTOR_FILE = "projector.safetensors"
 LLAVA_FILE = "mm_projector.bin"
@@ -103,7 +106,8 @@ def load_projector(model: nn.Module, path: str | Path) -> None:
     Raises:
         FileNotFoundError: nothing at `path`, or a folder with none of these files.
         ValueError: several of these files in one folder, an unreadable one, one made for another activation, or
-            missing, unexpected or wrongly shaped tensors.
+            missing, unexpected or wrongly shaped tensors. LlavaNext keeps its own `image_newline` where LLaVA's or
+            xtuner's form has none, with a warning.
     """
     file = _projector_file(Path(path))
     try:
@@ -122,8 +126,12 @@ def load_projector(model: nn.Module, path: str | Path) -> None:
             f"{file} was trained with the activation {made_for!r}, the model's projector has {_activation(model)!r}: "
             f'build the model with "projector_hidden_act": "{made_for}"'
         )
+    own_form = "linear_1.weight" in found
     found = {_own_name(name): tensor for name, tensor in found.items()}
     expected = _projector_tensors(model)
+    if "image_newline" in expected and "image_newline" not in found and not own_form:
+        logger.warning("%s has no image_newline (LLaVA's stage 1 saves none): the model keeps its own", file)
+        del expected["image_newline"]
 
     faults = [f"missing: {name} {tuple(expected[name].shape)}" for name in expected if name not in found]
     faults += [f"unexpected: {name} {tuple(found[name].shape)}" for name in found if name not in expected]
@@ -141,6 +149,9 @@ def load_projector(model: nn.Module, path: str | Path) -> None:
     with torch.no_grad():
         for name, parameter in expected.items():
             parameter.copy_(found[name])
+    if rounded := sorted(name for name in expected if not torch.equal(expected[name].to(found[name]), found[name])):
+        dtypes = f"{found[rounded[0]].dtype} to the model's {expected[rounded[0]].dtype}"
+        logger.warning("%s: rounded from %s: %s", file, dtypes, ", ".join(rounded))
 
 
 def _projector_tensors(model: nn.Module) -> dict[str, nn.Parameter]:

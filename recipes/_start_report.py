@@ -66,26 +66,34 @@ def plan_memory(trainer) -> list:
         What to print.
     """
     args, image_token = trainer.args, trainer.processing_class.image_token_id
-    rows = sample_rows(trainer.train_dataset, DRY_RUN_ROWS)
-    batches = [trainer.data_collator([row]) for row in rows]
-    lengths = [int(batch["attention_mask"].sum()) for batch in batches]
-    image_tokens = max(int((batch["input_ids"] == image_token).sum()) for batch in batches)
+    lengths, image_tokens, pictures = [], 0, 0
+    for row in sample_rows(trainer.train_dataset, DRY_RUN_ROWS):
+        batch = trainer.data_collator([row])
+        lengths.append(int(batch["attention_mask"].sum()))
+        image_tokens = max(image_tokens, int((batch["input_ids"] == image_token).sum()))
+        if "pixel_values" in batch:
+            # A picture is (channels, height, width), LlavaNext's and OneVision's several of these.
+            pictures = max(pictures, batch["pixel_values"].shape[:-3].numel())
     median, most, longest = (int(np.quantile(lengths, share, method="higher")) for share in (0.5, 0.95, 1))
     limit = "no --max_length" if args.max_length is None else f"--max_length {args.max_length:,}"
-    # A picture is (channels, height, width), LlavaNext's and OneVision's several of these.
-    pictures = max(batch["pixel_values"].shape[:-3].numel() if "pixel_values" in batch else 0 for batch in batches)
-    plan = predict_memory(
-        trainer.model,
-        args,
-        batch_size=args.train_batch_size,
-        tokens=longest,
-        pictures=pictures * args.train_batch_size,
-        sharding=sharding_of(trainer),
-        world_size=args.world_size,
-    )
+    lines = [
+        f"tokens of a row, over {len(lengths):,} rows: median {median:,}, 95 % up to {most:,}, longest {longest:,}; "
+        f"at most {image_tokens:,} image tokens; {limit}"
+    ]
+    try:
+        plan = predict_memory(
+            trainer.model,
+            args,
+            batch_size=args.train_batch_size,
+            tokens=longest,
+            pictures=pictures * args.train_batch_size,
+            sharding=sharding_of(trainer),
+            world_size=args.world_size,
+        )
+    except ValueError as error:
+        return [*lines, f"predicted memory: unknown ({error})"]
     return [
-        f"tokens of a row, over {len(rows):,} rows: median {median:,}, 95 % up to {most:,}, longest {longest:,}; at "
-        f"most {image_tokens:,} image tokens; {limit}",
+        *lines,
         plan.table(),
         f"for a batch of {args.train_batch_size} rows as long as the longest of these (docs/memory.md)",
     ]

@@ -73,7 +73,7 @@ class LlavaTrainer(SFTTrainer):
             raise ValueError("peft_config: pass a model that has its adapters (_parts.add_adapters) instead")
         _check_flags(args, kwargs.get("train_dataset"))
         _check_dtypes(model, args)
-        _check_generation_config(model)
+        check_generation_config(model)
         tokenizer = processing_class.tokenizer
         # With a data collator of one's own TRL leaves a missing pad token missing (trl 1.16).
         if tokenizer.pad_token is None:
@@ -89,13 +89,14 @@ class LlavaTrainer(SFTTrainer):
         # creates the PEFT model; huggingface/trl#4901 for fp16). Delete once it leaves them alone.
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
-                parameter.data = masters[name]
+                parameter.data = masters[name].to(parameter.device)
         self._without_gradient = set(masters)
         self._rates = self._part_learning_rates()
         tower = find_part(self.model, "vision_tower")
         tower.forward = types.MethodType(_forward_without_needless_gradients, tower)
         prepare_for_processes(self)
-        self.add_callback(StartReport(self))
+        # First of all, so that a dry run stops before a tracker starts a run of its own.
+        self.callback_handler.callbacks.insert(0, StartReport(self))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
         """As `Trainer.train`; "True" (from a command line) or "last" means the newest checkpoint that is complete."""
@@ -292,7 +293,12 @@ def _check_flags(args, train_dataset) -> None:
             raise ValueError(f"--{flag} has no effect on rows with pictures, which the collator reads: {remedy}")
 
 
-def _check_generation_config(model) -> None:
+def check_generation_config(model) -> None:
+    """Refuse a generation config that `save_pretrained` would refuse after the work is done.
+
+    Raises:
+        ValueError: it contradicts itself, such as a temperature without sampling.
+    """
     try:
         model.generation_config.validate(strict=True)
     except ValueError as error:

@@ -23,6 +23,8 @@ from transformers import AutoProcessor
 
 from _merging import (
     check_saved,
+    check_whole_modules,
+    clear_place,
     compute_logits,
     encode,
     first_row,
@@ -34,12 +36,12 @@ from _merging import (
     write_legacy_files,
 )
 from _projector import load_projector, save_projector
-from _trainer import stop_token_ids
+from _trainer import check_generation_config, stop_token_ids
 
 
 def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
-    parser.add_argument("--adapter", help="output folder of a run that trained an adapter")
+    parser.add_argument("--adapter", help="local output folder of a run that trained an adapter")
     parser.add_argument("--base", help="hub id or folder, not quantised; default: what the adapter was trained on")
     parser.add_argument("--projector", help="put this one into the base first; with or without an --adapter")
     parser.add_argument("--dataset_name", required=True, help="LLaVA JSON; one row of it is compared")
@@ -58,9 +60,7 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    output = Path(args.output_dir)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise FileExistsError(f"{output} is not empty: choose another --output_dir")
+    output = clear_place(args.output_dir)
     config = read_adapter_config(args.adapter) if args.adapter else None
     base = args.base or (config and config.base_model_name_or_path)
     if not base or not (args.adapter or args.projector):
@@ -70,9 +70,11 @@ def main(argv=None):
     row = first_row(args.dataset_name, args.image_folder)
     own_processor = args.adapter and list(Path(args.adapter).glob("*processor_config.json"))
     source = args.adapter if own_processor else base
-    processor = AutoProcessor.from_pretrained(source)
+    revision = None if args.base else config.revision
+    processor = AutoProcessor.from_pretrained(source, revision=None if own_processor else revision)
 
-    model = load_base(base, args.dtype, None if args.base or not config else config.revision)
+    model = load_base(base, args.dtype, revision)
+    check_generation_config(model)
     size = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
     device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
     print(f"{base}: {size:.3g} GB in memory ({model.dtype}), merged in place, and as much on disk")
@@ -87,11 +89,10 @@ def main(argv=None):
         with model.disable_adapter():
             plain = compute_logits(model, inputs)
         model = model.merge_and_unload(safe_merge=True)
+        check_whole_modules(model, args.adapter)
     logits = compute_logits(model, inputs)
     if args.adapter:
         print(judge_merge(plain, adapted, logits, model.dtype))
-    if args.save_projector:
-        print(f"projector: {save_projector(model, args.save_projector)}")
 
     model.generation_config.eos_token_id = stop_token_ids(model, processor)
     if processor.tokenizer.pad_token_id is not None:
@@ -109,7 +110,8 @@ def main(argv=None):
         folder.replace(output)
     stops = " ".join(processor.tokenizer.convert_ids_to_tokens(generation.eos_token_id))
     print(f"{output}: read back in a fresh process as {kind.__name__}, same logits, chat template, stops at {stops}")
-
+    if args.save_projector:
+        print(f"projector: {save_projector(load_base(str(output)), args.save_projector)}")
     if args.push_to_hub:
         print(upload(output, args.push_to_hub))
 

@@ -11,18 +11,17 @@ Data:   LLaVA JSON conversations with pictures, without, or mixed; or a dataset 
     accelerate launch recipes/sft_qlora.py --model_name_or_path llava-hf/llava-1.5-7b-hf --load_in_4bit False \
         --use_dora --dataset_name llava_v1_5_mix665k.json --image_folder images
 
-Writes the adapter, the trained projector and the processor to --output_dir, which PEFT, AutoModelForImageTextToText,
-evaluate.py and chat.py load as it is; merge_adapter.py makes a standalone checkpoint of it.
+Writes the adapter, the trained projector and the processor to --output_dir, which PEFT, evaluate.py and chat.py load
+as it is (AutoModelForImageTextToText too, but for DoRA); merge_adapter.py makes a standalone checkpoint of it.
 Measured: not measured yet on a GPU (on digits: recipes/quickstart.py).
 """
 
 from dataclasses import dataclass, field
 
 from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
-from trl import get_peft_config
 
 from _arguments import LlavaScriptArguments, load_datasets, recipe_parser
-from _parts import add_adapters, quantised_loading
+from _parts import adapter_config, add_adapters, quantised_loading
 from _trainer import LlavaTrainer, stop_token_ids
 from collators import LlavaDataCollator, training_chat_template
 
@@ -84,7 +83,7 @@ def main(argv=None):
     set_seed(training_args.seed)  # the trainer would seed after the adapters have drawn their first values
     model = add_adapters(
         model,
-        get_peft_config(model_args),
+        adapter_config(model_args),
         freeze_projector=script_args.freeze_projector,
         lora_vision_tower=script_args.lora_vision_tower,
     )

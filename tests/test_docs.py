@@ -58,3 +58,15 @@ def test_named_paths_exist(path):
     named |= {(path.parent / link).relative_to(ROOT).as_posix() for link in re.findall(r"\]\(([\w./-]+)\)", text)}
     missing = sorted(name for name in named if not (ROOT / name).exists() and not list(ROOT.glob(f"{name}.*")))
     assert missing == []
+
+
+RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.py") if not path.name.startswith("_"))
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", ROOT / "recipes" / "README.md"], ids=lambda path: path.parent.name
+)
+def test_every_recipe_has_a_row(path):
+    rows = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    assert len(RECIPES) >= 8
+    assert [name for name in RECIPES if not any(f"`{name}`" in row for row in rows)] == []

@@ -150,8 +150,8 @@ def test_two_processes_train_as_one(launcher, method, base, data, single, tmp_pa
     command = flags(base(), data, out, method)
     if (launcher, method) in KILLED:
         command += ["--save_strategy", "steps", "--save_steps", "2", "--save_total_limit", "100"]
-        chance = random.Random(f"{launcher} {method}")
-        saved, delay = chance.choice([2, 4, 6]), chance.uniform(0, 0.15)
+        chance = random.Random(f"{launcher} {method}")  # another moment in each cell, the same in every run
+        saved, delay = chance.choice([2, 4]), chance.uniform(0, 0.15)
         print(f"SIGKILL {delay:.3f} s after checkpoint-{saved}")
         run = accelerate(launcher, recipe, command, out)
         run.wait_for(out / f"checkpoint-{saved}" / "trainer_state.json")

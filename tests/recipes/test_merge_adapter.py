@@ -14,6 +14,7 @@ import tiny
 from _answers import answer
 from _merging import (
     check_saved,
+    check_whole_modules,
     compute_logits,
     encode,
     first_row,
@@ -22,7 +23,7 @@ from _merging import (
     load_base,
     write_legacy_files,
 )
-from _parts import find_part, part_of
+from _parts import UNQUANTISED, find_part, part_of
 from _projector import load_projector, save_projector
 from collators import LlavaDataCollator, chat_template_path
 
@@ -38,7 +39,7 @@ NF4 = BitsAndBytesConfig(
     load_in_4bit=True,
     bnb_4bit_quant_type="nf4",
     bnb_4bit_compute_dtype=torch.float32,
-    llm_int8_skip_modules=["model.vision_tower", "model.multi_modal_projector", "lm_head"],
+    llm_int8_skip_modules=list(UNQUANTISED),
 )
 
 
@@ -51,20 +52,6 @@ def data(tmp_path_factory):
     rows = [{"id": "text", "conversations": text}, {"id": "red", "image": "red.png", "conversations": talk}]
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder / "rows.json"
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """`base(kind)`: a tiny checkpoint of that class on disk, its biases not zero."""
-    made = {}
-
-    def make(kind: str = "llava", **kwargs) -> str:
-        key = (kind, *kwargs.items())
-        if key not in made:
-            made[key] = tiny.save_checkpoint(tmp_path_factory.mktemp(kind), kind=kind, **kwargs)
-        return made[key]
-
-    return make
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +281,12 @@ def test_the_legacy_files_say_what_transformers_4_reads(tmp_path):
         assert written["tokenizer_config"]["tokenizer_class"] == "PreTrainedTokenizerFast"
         assert (text["rope_theta"], text["rope_scaling"]) == (1e6, {"rope_type": "linear", "factor": 2.0})
 
+        tower = {name for name in load_file(tmp_path / "model.safetensors") if "vision_tower" in name}
+        assert tower and all(".vision_tower.vision_model." in f".{name}" for name in tower)
+
         reloaded, again = open_checkpoint(tmp_path)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(reloaded.state_dict()[name], tensor), name
         assert again.tokenizer("A red square")["input_ids"] == processor.tokenizer("A red square")["input_ids"]
         assert again.image_processor.to_dict() == processor.image_processor.to_dict()
         assert reloaded.config.text_config.rope_parameters == model.config.text_config.rope_parameters
@@ -307,6 +299,19 @@ def test_the_legacy_files_say_what_transformers_4_reads(tmp_path):
 
 @pytest.mark.parametrize("name", ["own.safetensors", "mm_projector.bin", "projector/model.safetensors"])
 def test_the_merged_projector_is_saved_alone(name, base, trained, data, tmp_path, monkeypatch):
+    """In the checkpoint's own folder too. (The fresh process has its own tests, and is left out here.)"""
+    monkeypatch.setattr(merge_adapter, "check_saved", lambda *args: None)
+    out = tmp_path / "out"
+    place = out / name if name.startswith("projector/") else tmp_path / name
+    merge_adapter.main(command(data, out, "--adapter", trained(), "--save_projector", place))
+    target = tiny.make_model(tiny.make_processor(), seed=8)
+    load_projector(target, place)
+    tensors = load_file(trained() / "adapter_model.safetensors")
+    assert torch.equal(target.state_dict()[LINEAR_1], tensors[f"base_model.model.{LINEAR_1}"])
+    assert (out / "model.safetensors").is_file()
+
+
+def test_a_run_that_is_stopped_leaves_nothing(base, trained, data, tmp_path, monkeypatch):
     class Stopped(Exception):
         pass
 
@@ -314,16 +319,12 @@ def test_the_merged_projector_is_saved_alone(name, base, trained, data, tmp_path
         raise Stopped
 
     monkeypatch.setattr(merge_adapter, "check_saved", stop)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
     with pytest.raises(Stopped):
-        merge_adapter.main(
-            command(data, tmp_path / "out", "--adapter", trained(), "--save_projector", tmp_path / name)
-        )
-    target = tiny.make_model(tiny.make_processor(), seed=8)
-    load_projector(target, tmp_path / name)
-    tensors = load_file(trained() / "adapter_model.safetensors")
-    assert torch.equal(target.state_dict()[LINEAR_1], tensors[f"base_model.model.{LINEAR_1}"])
-    # And a run that is stopped leaves nothing that looks like a checkpoint.
-    assert {path.name for path in tmp_path.iterdir()} == {name.partition("/")[0]}
+        argv = ["--adapter", trained(), "--save_projector", tmp_path / "mm_projector.bin"]
+        merge_adapter.main(command(data, tmp_path / "link", *argv))
+    assert {path.name for path in tmp_path.iterdir()} == {"link"}
 
 
 # What is refused
@@ -403,6 +404,15 @@ def test_what_does_not_go_together_is_refused(base, trained, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_merge_that_lost_the_projector_is_refused(base, trained):
+    merged = load_adapter(load_base(base(), "bfloat16"), trained()).merge_and_unload()
+    check_whole_modules(merged, trained())
+    parameter = merged.model.multi_modal_projector.linear_1.bias
+    parameter.data[0] += 1
+    with pytest.raises(ValueError, match="model.multi_modal_projector.linear_1.bias of the merged model is not the"):
+        check_whole_modules(merged, trained())
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_a_merge_that_did_nothing_or_not_all_is_refused(dtype, base, trained):
     """The rule of `judge_merge`: the difference is rounding, and below the adapter's effect."""
@@ -428,7 +438,7 @@ def test_a_merge_that_did_nothing_or_not_all_is_refused(dtype, base, trained):
     for broken in ((plain, adapted, merged / 0), (plain, adapted / 0, merged)):
         with pytest.raises(ValueError, match=f"model's logits are not finite in {dtype}: pass another --dtype"):
             judge_merge(*broken, model.dtype)
-    with pytest.raises(ValueError, match="effect 0, .*would lose what was learnt"):
+    with pytest.raises(ValueError, match="effect 0, .*changes nothing on this row: was it trained"):
         judge_merge(plain, plain, plain, model.dtype)
 
 

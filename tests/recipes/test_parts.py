@@ -30,6 +30,7 @@ from transformers import (
 import tiny
 from _assembly import assemble, check_picture, check_saved, count_extra_tokens, load_parts
 from _parts import PARTS, add_adapters, find_part, part_of, part_table, train_only
+from collators import LlavaDataCollator, chat_template_path
 
 KINDS = ("llava", "vipllava", "llava_next", "llava_onevision")
 RATES = dict.fromkeys(PARTS, 2e-5)
@@ -363,7 +364,7 @@ def test_of_a_trained_tower_the_layers_behind_the_features_stay_frozen(kind):
 def test_a_language_model_without_linear_layers_is_refused():
     model = tiny.make_model(tiny.make_processor())
     model.model.language_model.layers = nn.ModuleList()
-    with pytest.raises(ValueError, match="LlamaModel has no numbered linear layers for adapters"):
+    with pytest.raises(ValueError, match="LlamaModel has no numbered linear layers for adapters; recipes/sft_full.py"):
         add_adapters(model, LoraConfig(r=2))
 
 
@@ -372,3 +373,31 @@ def test_a_quantised_tower_is_refused():
     model.model.vision_tower.encoder.layers[0].mlp.fc1 = quantised_linear()
     with pytest.raises(ValueError, match="fc1.weight is quantised: load with llm_int8_skip_modules="):
         add_adapters(model, LoraConfig(r=2))
+
+
+def test_a_tower_without_numbered_layers_trains_whole_and_takes_no_adapters():
+    model = tiny.make_model(tiny.make_processor())
+    model.model.vision_tower = nn.Sequential(nn.Identity())
+    model.model.vision_tower.patches = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match="Sequential has no numbered linear layers"):
+        add_adapters(model, LoraConfig(r=2), lora_vision_tower=True)
+    train_only(model, ["vision_tower"])
+    assert model.model.vision_tower.patches.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dora_starts_from_the_base(dtype):
+    """Under autocast, as training runs: PEFT's own magnitudes of a bfloat16 base are rounded."""
+    processor = tiny.make_processor()
+    model = tiny.make_model(processor).to(dtype)
+    inputs = LlavaDataCollator(processor, chat_template=chat_template_path("vicuna_v1").read_text())(
+        [tiny.row(tiny.user("What is it?", images=1), tiny.assistant("red"))]
+    )
+    weights = [layer.mlp.up_proj.weight.detach().clone() for layer in model.model.language_model.layers]
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        expected = model(**inputs).logits
+        adapted = add_adapters(model, LoraConfig(r=2, use_dora=True)).eval()
+        torch.testing.assert_close(adapted(**inputs).logits, expected, atol=5e-4, rtol=0)
+    for layer, weight in zip(adapted.get_base_model().model.language_model.layers, weights, strict=True):
+        magnitude = layer.mlp.up_proj.lora_magnitude_vector["default"].weight
+        assert magnitude.dtype == torch.float32 and torch.equal(magnitude, weight.float().norm(dim=1))

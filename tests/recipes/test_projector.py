@@ -270,3 +270,22 @@ def test_unreadable_files(tmp_path, capsys):
     save_file({"linear_1.weight": torch.zeros(1)}, tmp_path / "projector.safetensors")
     with pytest.raises(ValueError, match="holds several projectors .*: name one of these files"):
         load_projector(model, tmp_path)
+
+
+def test_llavas_stage_one_file_has_no_newline_and_the_model_keeps_its_own(tmp_path, caplog):
+    file = save_projector(make_model("llava_next"), tmp_path / "mm_projector.bin")
+    tensors = torch.load(file, weights_only=True)
+    torch.save({name: tensor for name, tensor in tensors.items() if "newline" not in name}, file)
+    model = make_model("llava_next", seed=5)
+    newline = model.model.image_newline.detach().clone()
+    load_projector(model, file)
+    assert torch.equal(model.model.image_newline, newline)
+    assert "has no image_newline (LLaVA's stage 1 saves none): the model keeps its own" in caplog.text
+
+
+def test_rounding_is_said(tmp_path, caplog):
+    file = save_projector(make_model("llava"), tmp_path / "projector.safetensors")
+    load_projector(make_model("llava", seed=5), file)
+    assert "rounded" not in caplog.text
+    load_projector(make_model("llava", seed=5).bfloat16(), file)
+    assert "rounded from torch.float32 to the model's torch.bfloat16: linear_1.weight" in caplog.text

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from trl import SFTTrainer
 
+import _memory
 import sft_qlora
 import tiny
+from _answers import load_checkpoint
 from _parts import add_adapters, find_part, part_of, part_table
 from _trainer import LlavaSFTConfig, LlavaTrainer
 from collators import LlavaDataCollator, load_rows
@@ -174,19 +176,21 @@ def test_fp16_asks_for_float16_weights(base, tmp_path):
         LlavaTrainer(model, args, processing_class=tiny.make_processor(), data_collator=None, train_dataset=[])
 
 
-def test_a_gradient_scaler_takes_what_trains_in_fp16(base, data, tmp_path):
-    """QLoRA in fp16 on older cards: a GradScaler refuses the bfloat16 gradients of TRL's cast (trl#4901)."""
+def test_a_step_in_fp16_with_a_gradient_scaler(base, data, tmp_path):
+    """What --fp16 does on older cards, by hand on the CPU: float32 gradients of a scaled loss, and a step."""
     trainer = make_trainer(base(), data, tmp_path)
-    scaler = torch.amp.GradScaler("cpu")
-    batch = trainer.data_collator([trainer.train_dataset[0]])
-    optimizer = torch.optim.AdamW([p for p in trainer.model.parameters() if p.requires_grad])
+    trained = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    before = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    optimizer = torch.optim.AdamW(trained.values())
     with torch.autocast("cpu", torch.float16):
-        loss = trainer.model(**batch).loss
+        loss = trainer.model(**trainer.data_collator([trainer.train_dataset[0]])).loss
     scaler.scale(loss).backward()
-    scaler.unscale_(optimizer)
-    assert scaler.step(optimizer) is None and all(
-        p.grad.dtype == torch.float32 for p in trainer.model.parameters() if p.requires_grad
-    )
+    scaler.step(optimizer)
+    assert all(parameter.grad.dtype == torch.float32 for parameter in trained.values())
+    moved = {name for name in trained if not torch.equal(before[name], trained[name])}
+    # lora_A has no gradient before lora_B has left zero; weight decay moves it, and what starts at zero stays.
+    assert {name for name in trained if "lora_B" in name or "projector" in name} <= moved
 
 
 # Precision of what trains
@@ -199,7 +203,7 @@ def make_trainer(base, data, out, trainer_class=LlavaTrainer, prepare=lambda mod
     model = AutoModelForImageTextToText.from_pretrained(
         base, dtype=torch.bfloat16 if args.bf16 else torch.float32, **sft_qlora.quantised_loading(model_args, args)
     )
-    model = add_adapters(model, sft_qlora.get_peft_config(model_args))
+    model = add_adapters(model, sft_qlora.adapter_config(model_args))
     prepare(model)
     return trainer_class(
         model=model,
@@ -255,9 +259,10 @@ def test_text_only_batches_are_no_reason_to_complain(base, data, tmp_path):
 # What is left on disk, and killed runs
 
 
-@pytest.mark.parametrize("method", ["LoRA", "QDoRA", "LoRA + tower", "LoRA, projector frozen"])
+@pytest.mark.parametrize("method", ["LoRA", "DoRA", "QDoRA", "LoRA + tower", "LoRA, projector frozen"])
 def test_adapter_and_projector_travel_together(method, base, data, tmp_path, run):
-    trainer = run(qlora(base(), data, tmp_path, "--max_steps", "3", "--learning_rate", "1e-2", *METHODS[method]))
+    flags = ["--max_steps", "3", "--learning_rate", "1e-2", "--model_revision", "abc", *METHODS[method]]
+    trainer = run(qlora(base(), data, tmp_path, *flags))
     model = trainer.model.eval()
     batch = trainer.data_collator([trainer.train_dataset[0]])
     stock = AutoModelForImageTextToText.from_pretrained(base(), dtype=torch.float32)
@@ -265,10 +270,14 @@ def test_adapter_and_projector_travel_together(method, base, data, tmp_path, run
     if "Q" not in method:
         with torch.no_grad():
             expected = model(**batch).logits
+            ours, _ = load_checkpoint(str(tmp_path), dtype="float32")
+            torch.testing.assert_close(ours(**batch).logits, expected)
             torch.testing.assert_close(PeftModel.from_pretrained(stock, tmp_path).eval()(**batch).logits, expected)
-            auto = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)
-            torch.testing.assert_close(auto(**batch).logits, expected)
+            auto = AutoModelForImageTextToText.from_pretrained(tmp_path, dtype=torch.float32)(**batch).logits
+            # transformers 5.23 drops DoRA's magnitudes, which is why `load_checkpoint` takes PEFT.
+            assert torch.allclose(auto, expected, rtol=1e-4, atol=1e-5) == ("DoRA" not in method)
         assert not torch.allclose(expected, untrained, atol=1e-2)
+    assert PeftConfig.from_pretrained(tmp_path).revision == "abc"
     saved = load_file(tmp_path / "adapter_model.safetensors")
     assert any("projector" in name for name in saved) != ("frozen" in method)
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
@@ -365,9 +374,12 @@ def test_the_best_model_is_kept(base, data, tmp_path):
 
 @pytest.mark.parametrize("optimizer", ["paged_adamw_32bit", "paged_adamw_8bit", "adamw_8bit"])
 def test_bitsandbytes_optimizers_and_neftune(optimizer, base, data, tmp_path):
-    flags = ["--optim", optimizer, "--neftune_noise_alpha", "5", "--lr_scheduler_type", "cosine", "--max_steps", "12"]
-    sft_qlora.main(qlora(base(), data, tmp_path, *flags, "--learning_rate", "1e-2"))
-    assert losses(tmp_path)[12] < losses(tmp_path)[1] - 0.1
+    flags = ["--optim", optimizer, "--lr_scheduler_type", "cosine", "--max_steps", "12", "--learning_rate", "1e-2"]
+    sft_qlora.main(qlora(base(), data, tmp_path / "noisy", *flags, "--neftune_noise_alpha", "5"))
+    noisy = losses(tmp_path / "noisy")
+    assert noisy[12] < noisy[1] - 0.1
+    sft_qlora.main(qlora(base(), data, tmp_path / "plain", *flags[:-4], "--max_steps", "1"))
+    assert noisy[1] != losses(tmp_path / "plain")[1]
 
 
 PRESETS = sorted(Path(sft_qlora.__file__).parent.glob("*.yaml"))
@@ -375,6 +387,21 @@ PRESETS = sorted(Path(sft_qlora.__file__).parent.glob("*.yaml"))
 
 def test_there_are_presets():
     assert {path.name for path in PRESETS} == {"qlora_16gb.yaml", "qlora_24gb.yaml"}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_preset_trains_every_class(kind, path, base, data, tmp_path, run):
+    flags = command("sft_qlora", base(kind), data, tmp_path, "--config", str(path), "--max_steps", "1")
+    del flags[flags.index("--per_device_train_batch_size") : flags.index("--per_device_train_batch_size") + 2]
+    trainer = run([*flags, "--gradient_accumulation_steps", "2"])
+    assert trainer.args.train_batch_size == {"qlora_24gb": 4, "qlora_16gb": 1}[path.stem]
+    rank = {"qlora_24gb": 128, "qlora_16gb": 64}[path.stem]
+    assert {module.r["default"] for module in adapters(trainer.model).values()} == {rank}
+    assert {module.scaling["default"] for module in adapters(trainer.model).values()} == {2.0}
+    quantised = {name for name, module in trainer.model.named_modules() if isinstance(module, Linear4bit)}
+    assert len(quantised) == 14 and all("language_model.layers" in name for name in quantised)
+    assert "paged" in type(trainer.optimizer.optimizer).__name__.lower() or trainer.optimizer.optimizer.is_paged
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
@@ -389,7 +416,8 @@ def test_a_preset_sets_what_it_says_and_the_command_line_wins(path):
 
 
 def test_a_dry_run_shows_the_run_and_writes_nothing(base, data, tmp_path, capsys):
-    sft_qlora.main(qlora(base(), data, tmp_path / "out", "--max_steps", "3", "--dry_run", "True"))
+    flags = ["--max_steps", "3", "--dry_run", "True", "--report_to", "tensorboard"]
+    sft_qlora.main(qlora(base(), data, tmp_path / "out", *flags))
     printed = " ".join(capsys.readouterr().out.split())
     for part in (
         "global batch 2 rows = 2 a device × 1 accumulated × 1 process(es); 3 steps",
@@ -401,3 +429,11 @@ def test_a_dry_run_shows_the_run_and_writes_nothing(base, data, tmp_path, capsys
     ):
         assert part in printed
     assert not list((tmp_path / "out").rglob("*"))
+
+
+def test_a_dry_run_goes_on_where_no_memory_can_be_predicted(base, data, tmp_path, capsys, monkeypatch):
+    """Layers of another build, here for want of one that is small: the trainer could train them all the same."""
+    monkeypatch.delitem(_memory.SHARED_INPUT, "gate_proj")
+    sft_qlora.main(qlora(base(), data, tmp_path, "--dry_run", "True"))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "predicted memory: unknown (LlamaDecoderLayer has a linear layer gate_proj: expected" in printed
