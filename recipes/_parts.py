@@ -151,7 +151,7 @@ def add_adapters(
 
     Raises:
         ValueError: the tower or the projector is quantised, `target_modules` has a name that no linear layer of the
-            language model has, or `modules_to_save` or `target_parameters` is set.
+            language model has, `modules_to_save` or `target_parameters` is set, or DoRA meets an 8-bit base.
     """
     if config.modules_to_save or config.target_parameters:
         raise ValueError(
@@ -162,6 +162,9 @@ def add_adapters(
     for name, parameter in model.named_parameters():
         if _is_quantised(parameter) and (part_of(name) != "language_model" or "lm_head" in name):
             raise ValueError(f"{name} is quantised: load with llm_int8_skip_modules={list(UNQUANTISED)}")
+
+    if config.use_dora and any(isinstance(parameter, Int8Params) for parameter in model.parameters()):
+        raise ValueError("DoRA's first forward pass fails on an 8-bit base (peft 0.21, CPU): take --load_in_4bit")
 
     chosen = _named(_linear_layers(model, "language_model"), config.target_modules)
     config = copy.deepcopy(config)

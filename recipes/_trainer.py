@@ -81,16 +81,18 @@ class LlavaTrainer(SFTTrainer):
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = stop_token_ids(model, processing_class)
-        masters = {name: parameter.data for name, parameter in model.named_parameters() if parameter.requires_grad}
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        masters = {
+            name: parameter.data for name, parameter in trained.items() if getattr(model, "is_quantized", False)
+        }
         super().__init__(
             model=model, args=args, processing_class=processing_class, data_collator=data_collator, **kwargs
         )
         # TRL rounds what trains beside a quantised model to bfloat16, in which most updates vanish (trl 1.16, where it
         # creates the PEFT model; huggingface/trl#4901 for fp16). Delete once it leaves them alone.
-        for name, parameter in self.model.named_parameters():
-            if parameter.requires_grad:
-                parameter.data = masters[name].to(parameter.device)
-        self._without_gradient = set(masters)
+        for name, master in masters.items():
+            trained[name].data = master
+        self._without_gradient = set(trained)
         self._rates = self._part_learning_rates()
         tower = find_part(self.model, "vision_tower")
         tower.forward = types.MethodType(_forward_without_needless_gradients, tower)
@@ -306,6 +308,10 @@ def check_generation_config(model) -> None:
             f"the checkpoint's generation config could not be saved again ({error}): mend its generation_config.json, "
             'for example with "do_sample": true beside a temperature'
         ) from error
+
+
+def _is_quantised(model) -> bool:
+    return getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False)
 
 
 def _check_dtypes(model, args) -> None:

@@ -158,6 +158,7 @@ def test_the_pattern_names_the_layers_in_full():
         (["--lora_target_modules", "lm_head"], "lm_head: no linear layer of the language model has that name"),
         (["--lora_target_modules", "fc1", "q_proj"], "fc1: no linear layer .* expected some of down_proj gate_proj"),
         (["--lora_modules_to_save", "lm_head"], "--freeze_projector if it should not"),
+        (["--load_in_4bit", "False", "--load_in_8bit", "--use_dora"], "fails on an 8-bit base .* take --load_in_4bit"),
         (["--dtype", "auto"], "say --dtype bfloat16, or float16"),
         (["--vision_tower_learning_rate", "1e-5"], "the vision_tower is frozen in this run"),
     ],
