@@ -27,8 +27,8 @@ test: .venv/installed-test
 	@echo "==> lint"
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	@echo "==> tests"
-	$(BIN)/python -m pytest
+	@echo "==> tests, a file at a time on each core"
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 clean:
 	rm -rf .venv quickstart_output
