@@ -7,7 +7,7 @@ Data:   scikit-learn's 1,797 scans of digits as PNG files and LLaVA JSON, 300 of
     python recipes/quickstart.py --output_dir quickstart_output
 
 From build_llava.py on, every step is a child process; its command is printed, and you can run it by itself. A second
-run starts over. Measured: 3.2 minutes on 2 CPU cores; 97.9 % of the held-out questions answered, 33.7 % before
+run starts over. Measured: 7.2 minutes on 2 CPU cores; 97.9 % of the held-out questions answered, 33.7 % before
 (2026-11-21; benchmarks/LOG.md).
 """
 
