@@ -6,12 +6,11 @@ A file of its own so that both give the same answer to the same prompt, and stay
 import argparse
 import re
 import warnings
-from pathlib import Path
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from transformers.utils import find_adapter_config_file
 
 from collators import load_image
 
@@ -21,7 +20,7 @@ OPTIONS = ("A", "B", "C", "D", "E")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add --model, --dtype, --device, --max_new_tokens and --temperature."""
-    parser.add_argument("--model", required=True, help="checkpoint or adapter folder, or hub id of a checkpoint")
+    parser.add_argument("--model", required=True, help="folder or hub id of a checkpoint or an adapter")
     parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"])
     parser.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="where an answer is cut")
@@ -33,7 +32,7 @@ def load_checkpoint(
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
     """Load a model and its processor with the stock auto classes, ready to generate.
 
-    An adapter's folder is loaded with PEFT onto its unquantised base: the auto class would do so too, but drops DoRA's
+    An adapter is loaded with PEFT onto its unquantised base: the auto class would do so too, but drops DoRA's
     magnitudes with no more than a table in the log (transformers 5.23).
 
     Raises:
@@ -53,7 +52,7 @@ def load_checkpoint(
         )
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if not Path(path, ADAPTER_CONFIG_NAME).is_file():
+    if find_adapter_config_file(path) is None:
         return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device), processor
     config = PeftConfig.from_pretrained(path)
     base = AutoModelForImageTextToText.from_pretrained(

@@ -39,12 +39,12 @@ def clear_place(output_dir: str) -> Path:
     At the beginning rather than at the end, where a folder that cannot be replaced would cost the whole work.
 
     Raises:
-        OSError: there is something else, a folder that is not empty, or one that is in use.
+        OSError: there is something else, a folder that is not empty, the current one, or a mount point.
     """
     output = Path(output_dir).resolve()
     if output.exists():
-        if not output.is_dir() or any(output.iterdir()):
-            raise FileExistsError(f"{output} is not empty: choose another --output_dir")
+        if output == Path.cwd() or not output.is_dir() or any(output.iterdir()):
+            raise FileExistsError(f"{output} is not empty, or the current folder: choose another --output_dir")
         output.rmdir()
     return output
 

@@ -246,10 +246,13 @@ def _set_magnitudes(model: PeftModel) -> None:
     """
     for module in model.modules():
         if isinstance(module, LoraLayer):
-            for magnitude in module.lora_magnitude_vector.values():
+            for name, magnitude in module.lora_magnitude_vector.items():
                 base = module.get_base_layer()
                 with gather_params_ctx(base.parameters()):
-                    magnitude.weight.data = dequantize_module_weight(base).detach().float().norm(dim=1)
+                    weight = dequantize_module_weight(base).detach().float()
+                    # Zero, unless the adapter starts from the weights themselves (PiSSA, OLoRA).
+                    adapter = (module.lora_B[name].weight @ module.lora_A[name].weight).detach().float()
+                    magnitude.weight.data = (weight + module.scaling[name] * adapter).norm(dim=1)
 
 
 def _bypassed(model: nn.Module) -> set[str]:

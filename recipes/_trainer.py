@@ -82,9 +82,7 @@ class LlavaTrainer(SFTTrainer):
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = stop_token_ids(model, processing_class)
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        masters = {
-            name: parameter.data for name, parameter in trained.items() if getattr(model, "is_quantized", False)
-        }
+        masters = {name: parameter.data for name, parameter in trained.items()} if _is_quantised(model) else {}
         super().__init__(
             model=model, args=args, processing_class=processing_class, data_collator=data_collator, **kwargs
         )

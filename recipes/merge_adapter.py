@@ -60,13 +60,13 @@ def make_parser():
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    output = clear_place(args.output_dir)
     config = read_adapter_config(args.adapter) if args.adapter else None
     base = args.base or (config and config.base_model_name_or_path)
     if not base or not (args.adapter or args.projector):
         raise ValueError("expected an --adapter, or a --projector, and the --base where no adapter names it")
     if args.projector and config and any("multi_modal_projector" in name for name in config.modules_to_save or []):
         raise ValueError(f"{args.adapter} brings the projector that it was trained with: drop --projector")
+    output = clear_place(args.output_dir)
     row = first_row(args.dataset_name, args.image_folder)
     own_processor = args.adapter and list(Path(args.adapter).glob("*processor_config.json"))
     source = args.adapter if own_processor else base

@@ -396,7 +396,7 @@ def test_what_does_not_go_together_is_refused(base, trained, data, tmp_path):
         (
             ["--adapter", trained(), "--output_dir", full],
             FileExistsError,
-            "full is not empty: choose another --output_d",
+            "full is not empty, or the current folder: choose another",
         ),
     ):
         with pytest.raises(error, match=message):

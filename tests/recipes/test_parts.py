@@ -385,6 +385,16 @@ def test_a_tower_without_numbered_layers_trains_whole_and_takes_no_adapters():
     assert model.model.vision_tower.patches.weight.requires_grad
 
 
+def test_dora_on_weights_that_the_adapter_took_over_starts_from_the_base():
+    """PiSSA moves the largest part of a weight into the adapter, which then is not zero."""
+    model = tiny.make_model(tiny.make_processor())
+    inputs = {"input_ids": torch.tensor([[5, 6, 7, 8]])}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        adapted = add_adapters(model, LoraConfig(r=2, use_dora=True, init_lora_weights="pissa")).eval()
+        torch.testing.assert_close(adapted(**inputs).logits, expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_dora_starts_from_the_base(dtype):
     """Under autocast, as training runs: PEFT's own magnitudes of a bfloat16 base are rounded."""
