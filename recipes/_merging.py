@@ -6,6 +6,7 @@ library does it in silence (peft warns about missing keys and drops unexpected o
 
 import gc
 import json
+import logging
 import re
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -23,8 +24,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
-from _parts import find_part
+from _parts import find_part, list_misfits
 from collators import load_image, load_rows, read_row
+
+logger = logging.getLogger(__name__)
 
 # Root mean square of the difference that a right merge may show, as a share of that of the logits. Random models of 2
 # to 32 layers, with LoRA and DoRA of several sizes, gave at most 1.3e-6, 0.0045 and 0.026 (CPU); one more, trained for
@@ -128,14 +131,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     model = get_peft_model(model, config)
 
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    faults = [f"missing: {key} {tuple(expected[key].shape)}" for key in expected if key not in tensors]
-    faults += [f"unexpected: {key} {tuple(tensors[key].shape)}" for key in tensors if key not in expected]
-    faults += [
-        f"wrong shape: {key} is {tuple(tensors[key].shape)}, the model's is {tuple(expected[key].shape)}"
-        for key in expected
-        if key in tensors and tensors[key].shape != expected[key].shape
-    ]
-    if faults:
+    if faults := list_misfits(tensors, expected):
         lines = "\n  ".join(faults)
         raise ValueError(
             f"the adapter in {folder} does not fit {config.target_modules!r} of this base:\n  {lines}\n"
@@ -152,7 +148,8 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
 def check_whole_modules(model: PreTrainedModel, folder: str | Path) -> None:
     """Compare what was trained whole (the projector) with the adapter's file, tensor for tensor, after the merge.
 
-    The logits alone would not do: in bfloat16 a projector that trained for a few steps hides in the rounding.
+    The logits alone would not do: in bfloat16 a projector that trained for a few steps hides in the rounding. What the
+    merged model's dtype rounds is logged.
 
     Raises:
         ValueError: a tensor of the merged model is another than the file's in the model's dtype.
@@ -160,8 +157,13 @@ def check_whole_modules(model: PreTrainedModel, folder: str | Path) -> None:
     parameters = dict(model.named_parameters())
     for key, tensor in load_peft_weights(str(folder), device="cpu").items():
         name = _todays_key(key).removeprefix("base_model.model.")
-        if name in parameters and not torch.equal(parameters[name].cpu(), tensor.to(parameters[name].dtype)):
+        if name not in parameters:
+            continue
+        rounded = tensor.to(parameters[name].dtype)
+        if not torch.equal(parameters[name].cpu(), rounded):
             raise ValueError(f"{name} of the merged model is not the one in {folder}. Nothing was written.")
+        if not torch.equal(rounded.to(tensor), tensor):
+            logger.warning("%s: rounded from %s to the base's %s", name, tensor.dtype, rounded.dtype)
 
 
 def first_row(dataset_name: str, image_folder: str | None = None) -> dict:

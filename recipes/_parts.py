@@ -36,6 +36,7 @@ UNSHARDED = (
     "GPU), or --load_in_4bit False"
 )
 OWNERS = {**{part: part for part in PARTS}, "lm_head": "language_model", "image_newline": "multi_modal_projector"}
+IN_TOWER = r"model\.vision_tower\..*"
 LAYER = re.compile(r"\.(\d+)\.")  # the first number in a dotted name is the layer's
 
 
@@ -130,8 +131,6 @@ def add_adapters(
     *,
     freeze_projector: bool = False,
     lora_vision_tower: bool = False,
-    vision_tower_r: int = 64,
-    vision_tower_alpha: int = 16,
 ) -> PeftModel:
     """Put LoRA or DoRA adapters on the language model's linear layers and freeze all that they stand on.
 
@@ -145,14 +144,18 @@ def add_adapters(
             or several (`q_proj`): the language model's layers of that name. Not changed.
         freeze_projector: leave the projector as it is.
         lora_vision_tower: adapters on the vision tower too, on the layers up to the one whose features are used (the
-            others never see a gradient).
-        vision_tower_r: rank there; xtuner trains 64 beside a QLoRA of the language model.
-        vision_tower_alpha: alpha there; xtuner's is 16.
+            others never see a gradient), with the rank and alpha that xtuner gives a tower: 64 and 16.
 
     Raises:
         ValueError: the tower or the projector is quantised, `target_modules` has a name that no linear layer of the
-            language model has, `modules_to_save` or `target_parameters` is set, or DoRA meets an 8-bit base.
+            language model has, `modules_to_save` or `target_parameters` is set, the config chooses layers in a way
+            that this function replaces, or DoRA meets an 8-bit base.
     """
+    chooses = ("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern")
+    if given := [name for name in chooses if getattr(config, name)]:
+        raise ValueError(
+            f"{', '.join(given)}: add_adapters chooses the layers itself; only target_modules may say which"
+        )
     if config.modules_to_save or config.target_parameters:
         raise ValueError(
             "--lora_modules_to_save and --lora_target_parameters reach outside the language model's linear layers: "
@@ -170,8 +173,7 @@ def add_adapters(
     config = copy.deepcopy(config)
     if lora_vision_tower:
         chosen += _linear_layers(model, "vision_tower")
-        config.rank_pattern = {r"model\.vision_tower\..*": vision_tower_r}
-        config.alpha_pattern = {r"model\.vision_tower\..*": vision_tower_alpha}
+        config.rank_pattern, config.alpha_pattern = {IN_TOWER: 64}, {IN_TOWER: 16}
     config.target_modules = _pattern(chosen)
     config.modules_to_save = None if freeze_projector else ["multi_modal_projector"]
     for module in model.modules():
@@ -185,6 +187,18 @@ def add_adapters(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return model
+
+
+def list_misfits(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> list[str]:
+    """Say which tensors of a file are missing, unexpected or of another shape than the model's; empty if all fit."""
+    misfits = [f"missing: {name} {tuple(expected[name].shape)}" for name in expected if name not in found]
+    misfits += [f"unexpected: {name} {tuple(found[name].shape)}" for name in found if name not in expected]
+    misfits += [
+        f"wrong shape: {name} is {tuple(found[name].shape)}, the model's is {tuple(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    return misfits
 
 
 def numel(parameter: nn.Parameter) -> int:

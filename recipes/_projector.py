@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from _distributed import whole_tensors
-from _parts import find_part
+from _parts import find_part, list_misfits
 
 logger = logging.getLogger(__name__)
 
@@ -133,14 +133,7 @@ def load_projector(model: nn.Module, path: str | Path) -> None:
         logger.warning("%s has no image_newline (LLaVA's stage 1 saves none): the model keeps its own", file)
         del expected["image_newline"]
 
-    faults = [f"missing: {name} {tuple(expected[name].shape)}" for name in expected if name not in found]
-    faults += [f"unexpected: {name} {tuple(found[name].shape)}" for name in found if name not in expected]
-    faults += [
-        f"wrong shape: {name} is {tuple(found[name].shape)}, the model's is {tuple(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
-    ]
-    if faults:
+    if faults := list_misfits(found, expected):
         lines = "\n  ".join(faults)
         raise ValueError(
             f"{file} does not fit this model's projector:\n  {lines}\n"

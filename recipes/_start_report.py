@@ -66,19 +66,24 @@ def plan_memory(trainer) -> list:
         What to print.
     """
     args, image_token = trainer.args, trainer.processing_class.image_token_id
-    lengths, image_tokens, pictures = [], 0, 0
+    lengths, image_tokens, pictures, left_out = [], 0, 0, 0
     for row in sample_rows(trainer.train_dataset, DRY_RUN_ROWS):
         batch = trainer.data_collator([row])
+        if not (batch["labels"] != IGNORE_INDEX).any():
+            left_out += 1  # --overlong drop; what came back is a made-up row
+            continue
         lengths.append(int(batch["attention_mask"].sum()))
         image_tokens = max(image_tokens, int((batch["input_ids"] == image_token).sum()))
         if "pixel_values" in batch:
             # A picture is (channels, height, width), LlavaNext's and OneVision's several of these.
             pictures = max(pictures, batch["pixel_values"].shape[:-3].numel())
+    if not lengths:
+        return [f"none of {left_out:,} sampled rows trains a token (--max_length, --overlong, --train_on?)"]
     median, most, longest = (int(np.quantile(lengths, share, method="higher")) for share in (0.5, 0.95, 1))
     limit = "no --max_length" if args.max_length is None else f"--max_length {args.max_length:,}"
     lines = [
         f"tokens of a row, over {len(lengths):,} rows: median {median:,}, 95 % up to {most:,}, longest {longest:,}; "
-        f"at most {image_tokens:,} image tokens; {limit}"
+        f"at most {image_tokens:,} image tokens; {limit}; {left_out} rows left out"
     ]
     try:
         plan = predict_memory(

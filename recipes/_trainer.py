@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
 from _distributed import prepare_for_processes
-from _parts import PARTS, find_part, part_of
+from _parts import PARTS, find_part, list_misfits, part_of
 from _start_report import StartReport, Stop, plan_memory
 
 logger = logging.getLogger(__name__)
@@ -51,14 +51,16 @@ class LlavaTrainer(SFTTrainer):
     """`SFTTrainer` that resumes what it saved, trains parts at their own rates, and leaves a frozen tower alone.
 
     Args:
-        model: A Llava-family model whose parts are frozen or trainable as wanted (`_parts.train_only`).
+        model: A Llava-family model whose parts are frozen, trainable (`_parts.train_only`) or have adapters
+            (`_parts.add_adapters`) as wanted.
         args: A `LlavaSFTConfig`.
         **kwargs: As for `SFTTrainer`; `processing_class` and `data_collator` are required.
 
     Raises:
         ValueError: Several GPUs are visible to a plain `python` start; a flag of TRL's is set that has no effect on a
-            collator's rows; a part has a learning rate but is frozen; the parameters are of several dtypes and no
-            autocast joins them; or the generation config is one that could not be saved again.
+            collator's rows; `peft_config` is given; the tower has a learning rate but is frozen; the parameters are of
+            several dtypes that no autocast joins, or bfloat16 under fp16; the generation config is one that could not
+            be saved again; or the launcher cannot train this model (`_distributed.check_launcher`).
     """
 
     def __init__(self, model, args: LlavaSFTConfig, *, processing_class, data_collator, **kwargs):
@@ -261,13 +263,11 @@ def load_adapter_weights(model: PeftModel, folder: str | os.PathLike) -> None:
     file = Path(folder) / SAFETENSORS_WEIGHTS_NAME
     if not file.is_file():
         raise ValueError(f"{folder} holds no {file.name}: expected a checkpoint of a run with adapters")
-    found, expected = load_file(file), get_peft_model_state_dict(model)
-    shapes = [{name: tuple(tensor.shape) for name, tensor in tensors.items()} for tensors in (found, expected)]
-    if shapes[0] != shapes[1]:
-        wrong = sorted({name for name, _ in shapes[0].items() ^ shapes[1].items()})
+    found = load_file(file)
+    if faults := list_misfits(found, get_peft_model_state_dict(model)):
         raise ValueError(
-            f"{file} is not of this run: {', '.join(wrong[:5])} ({len(wrong)} in all) missing there, unknown to the "
-            "model or of another shape; resume with the flags that it was started with"
+            f"{file} is not of this run: {'; '.join(faults[:5])} ({len(faults)} in all); resume with the flags that "
+            "it was started with"
         )
     set_peft_model_state_dict(model, found)
 

@@ -1,7 +1,10 @@
 """Runs of the training recipes on tiny models: their command lines, and what they leave behind."""
 
 import json
+import shutil
+import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +14,12 @@ from transformers import AutoModelForImageTextToText
 from _parts import part_of
 
 ON_CPU = ["--bf16", "False", "--dtype", "float32", "--use_cpu", "True", "--report_to", "none"]
+# The loss falls, so "greater is better" makes an early checkpoint the best one.
+BEST_IS_EARLY = [
+    *("--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--max_steps", "6"),
+    *("--load_best_model_at_end", "True", "--metric_for_best_model", "eval_loss", "--greater_is_better", "True"),
+    *("--learning_rate", "1e-2", "--save_total_limit", "9"),
+]
 SMALL = ["--per_device_train_batch_size", "2", "--logging_steps", "1", "--dataloader_num_workers", "0"]
 
 
@@ -48,3 +57,18 @@ def wait_for(path: Path, process: subprocess.Popen, seconds: float = 180) -> Non
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.002)
+
+
+def kill_after_two_saves(script: str, argv: list[str], out: Path) -> None:
+    """Start a recipe that saves every 4 steps as a process of its own, and SIGKILL it after the second save.
+
+    Leaves the newest folder as a save that was cut short does: without the file that is written last.
+    """
+    child = [sys.executable, script, *argv]
+    with subprocess.Popen(child, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(out / "checkpoint-8" / "trainer_state.json", process)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (out / "trainer_state.json").exists()
+    shutil.copytree(out / "checkpoint-4", out / "checkpoint-100")
+    (out / "checkpoint-100" / "trainer_state.json").unlink()

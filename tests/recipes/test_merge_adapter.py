@@ -404,9 +404,12 @@ def test_what_does_not_go_together_is_refused(base, trained, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_merge_that_lost_the_projector_is_refused(base, trained):
+def test_a_merge_that_lost_the_projector_is_refused(base, trained, caplog):
+    check_whole_modules(load_adapter(load_base(base()), trained()).merge_and_unload(), trained())
+    assert "rounded" not in caplog.text
     merged = load_adapter(load_base(base(), "bfloat16"), trained()).merge_and_unload()
     check_whole_modules(merged, trained())
+    assert f"{LINEAR_1}: rounded from torch.float32 to the base's torch.bfloat16" in caplog.text
     parameter = merged.model.multi_modal_projector.linear_1.bias
     parameter.data[0] += 1
     with pytest.raises(ValueError, match="model.multi_modal_projector.linear_1.bias of the merged model is not the"):

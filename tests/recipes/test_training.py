@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from _projector import load_projector
 from _start_report import mark_trained
 from _trainer import IDLE_FLAGS, LlavaSFTConfig, LlavaTrainer, load_weights
 from collators import LlavaDataCollator, chat_template_path, load_rows
-from runs import ON_CPU, changed_parts, command, losses, trainable_names, wait_for
+from runs import BEST_IS_EARLY, ON_CPU, changed_parts, command, kill_after_two_saves, losses, trainable_names
 
 RECIPES = {"pretrain_projector": pretrain_projector, "sft_full": sft_full}
 
@@ -140,16 +139,7 @@ def test_killed_and_resumed_equals_uninterrupted(recipe, kind, base, data, tmp_p
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     RECIPES[recipe].main(command(recipe, base(kind), data, whole, *flags))
 
-    script = Path(RECIPES[recipe].__file__)
-    child = [sys.executable, str(script), *command(recipe, base(kind), data, killed, *flags)]
-    with subprocess.Popen(child, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(killed / "checkpoint-8" / "trainer_state.json", process)
-        process.send_signal(signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
-    assert not (killed / "trainer_state.json").exists()
-    # A save that was cut short, as a kill leaves it: the newest folder, without the file that is written last.
-    shutil.copytree(killed / "checkpoint-4", killed / "checkpoint-100")
-    (killed / "checkpoint-100" / "trainer_state.json").unlink()
+    kill_after_two_saves(RECIPES[recipe].__file__, command(recipe, base(kind), data, killed, *flags), killed)
 
     RECIPES[recipe].main(command(recipe, base(kind), data, killed, *flags, "--resume_from_checkpoint", "True"))
     assert losses(killed) == losses(whole)
@@ -222,19 +212,9 @@ def test_load_weights_of_tied_embeddings_and_of_another_dtype(tmp_path):
 
 def test_best_model_is_loaded_at_the_end(base, data, tmp_path):
     """Stock: the last weights stay in the model (transformers#43701)."""
-    flags = ["--eval_strategy", "steps", "--eval_steps", "2", "--save_steps", "2", "--max_steps", "6"]
-    flags += [
-        "--load_best_model_at_end",
-        "True",
-        "--metric_for_best_model",
-        "eval_loss",
-        "--greater_is_better",
-        "True",
-    ]
-    flags += ["--eval_dataset_name", str(data / "instruct.json"), "--learning_rate", "1e-2", "--save_total_limit", "9"]
+    flags = [*BEST_IS_EARLY, "--eval_dataset_name", str(data / "instruct.json")]
     sft_full.main(command("sft_full", base(), data, tmp_path, *flags))
     state = json.loads((tmp_path / "trainer_state.json").read_text())
-    # The loss falls, so "greater is better" makes an early checkpoint the best one.
     best = Path(state["best_model_checkpoint"])
     assert best.name != "checkpoint-6"
     assert not changed_parts(str(best), tmp_path)
