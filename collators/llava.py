@@ -424,7 +424,8 @@ def read_row(row: Mapping[str, Any], image_token: str, *, placement: str = "fron
     Args:
         row: As `LlavaDataCollator` takes it.
         image_token: The processor's, `<image>`.
-        placement: `"front"` puts the pictures of a turn before its text, `"keep"` leaves them.
+        placement: `"front"` puts the pictures of a turn before its text and takes one newline that touches an image
+            token of a string content away with it; `"keep"` leaves pictures and text as they are.
         index: Names a row without an `id` in errors.
 
     Returns:
@@ -455,7 +456,7 @@ def read_row(row: Mapping[str, Any], image_token: str, *, placement: str = "fron
             "assistant in turn, with at least one answer"
         )
     messages = [
-        {"role": turn["role"], "content": _read_parts(turn.get("content"), turn["role"], name, image_token)}
+        {"role": turn["role"], "content": _read_parts(turn.get("content"), turn["role"], name, image_token, placement)}
         for turn in turns
     ]
     strings = all(isinstance(turn["content"], str) for turn in turns)
@@ -477,11 +478,13 @@ def read_row(row: Mapping[str, Any], image_token: str, *, placement: str = "fron
     return {"name": name, "messages": messages, "images": list(sources), "moved": moved}
 
 
-def _read_parts(content: Any, role: str, name: str, image_token: str) -> list[dict[str, str]]:
+def _read_parts(content: Any, role: str, name: str, image_token: str, placement: str) -> list[dict[str, str]]:
     if isinstance(content, str) and role == "user":
-        # One newline that touches a placeholder belongs to it; the templates put it back.
         marker = re.escape(image_token)
-        texts = re.split(rf"{marker}\n|\n{marker}(?!\n)|{marker}", content)
+        if placement == "front":
+            # One newline that touches a placeholder belongs to it; the templates put it back.
+            marker = rf"{marker}\n|\n{marker}(?!\n)|{marker}"
+        texts = re.split(marker, content)
         parts = [part for text in texts for part in ({"type": "image"}, {"type": "text", "text": text})][1:]
         return [part for part in parts if part["type"] == "image" or part["text"] or len(parts) == 1]
     if isinstance(content, str):

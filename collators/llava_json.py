@@ -38,8 +38,9 @@ from datasets.fingerprint import Hasher
 from filelock import FileLock
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# One newline that touches a marker goes with it, the one behind before the one in front; all other text is the user's.
-MARKER = re.compile(r"<image>\n|\n<image>(?!\n)|<image>")
+# Where a text is split. Templates that put pictures in front write a newline of their own behind each, so one that
+# touches a marker goes with it (the one behind before the one in front). Kept in place, all text is the user's.
+MARKERS = {"front": re.compile(r"<image>\n|\n<image>(?!\n)|<image>"), "keep": re.compile("<image>")}
 # Columns that people write instead of `image`; without this list a row would pass as text-only.
 PICTURE_TYPOS = {
     *("img", "imgs", "iamge", "imag", "imge", "imges", "pic", "pics", "picture", "pictures", "photo", "photos"),
@@ -71,6 +72,7 @@ def load_rows(
     split: str = "train",
     name: str | None = None,
     streaming: bool = False,
+    placement: str = "front",
 ) -> Dataset | IterableDataset:
     """Load training rows with the columns `messages`, `images` and whatever other columns the data has.
 
@@ -88,8 +90,10 @@ def load_rows(
         images    ["/data/7.png"]
         id        7
 
-    An image part stands where `<image>` stood. One newline that touches a marker belongs to it (the one behind, else
-    the one in front: chat templates put it back); all other text is kept as it is; empty parts are dropped.
+    An image part stands where `<image>` stood; empty text parts are dropped. With `placement="front"` one newline that
+    touches a marker belongs to it (the one behind, else the one in front: templates that render pictures first put it
+    back); all other text is kept as it is. With `placement="keep"` all text is, so the question above becomes an image
+    part and "\\nWhich digit?".
 
     Other columns keep their values: a column of strings, of integers, of floats or of booleans is stored as that type,
     any other (mixed types, lists, objects) as `datasets.Json`, so that the number 7 and the string "7" stay apart.
@@ -115,19 +119,24 @@ def load_rows(
             sliced unless it is streamed; so is a folder saved from a single `Dataset`, which cannot be sliced.
         name: the configuration of a hub dataset.
         streaming: return an `IterableDataset`.
+        placement: for a file; what the collator is given: `"front"` if pictures go before a turn's text, `"keep"` if
+            they stay where they stand in it. Rows that have `messages` already pass through unchanged with both.
 
     Raises:
         ValueError: rows that cannot be used (five of them with file, row, found, expected and remedy, and how many
-            more); a file that is empty or not UTF-8; a dataset without `messages`; an option that `path` cannot have.
+            more); a file that is empty or not UTF-8; a dataset without `messages`; an option that `path` cannot have,
+            or a `placement` outside its set.
         FileNotFoundError: there is no such file.
     """
+    if placement not in MARKERS:
+        raise ValueError(f"placement={placement!r}: expected one of {', '.join(map(repr, MARKERS))}")
     path = os.fspath(path)
     if path.lower().endswith((".json", ".jsonl")):
         if name is not None:
             raise ValueError(f"{path}: found name={name!r}; a file has no configurations. Leave it out.")
         path = os.path.abspath(path)
         folder = os.path.abspath(image_folder or os.path.dirname(path))
-        return (_stream_file if streaming else _load_file)(path, folder, split)
+        return (_stream_file if streaming else _load_file)(path, folder, placement, split)
     if image_folder is not None:
         raise ValueError(
             f"{path}: found image_folder={os.fspath(image_folder)!r}; expected it with a .json or .jsonl file alone, "
@@ -138,17 +147,18 @@ def load_rows(
     return _load_messages(path, name, split, streaming)
 
 
-def _load_file(path: str, folder: str, split: str) -> Dataset:
+def _load_file(path: str, folder: str, placement: str, split: str) -> Dataset:
     stamp = _stamp(path)
-    key = Hasher.hash((CACHE_FORMAT, path, folder, stamp))
+    key = Hasher.hash((CACHE_FORMAT, path, folder, placement, stamp))
     cache = Path(datasets.config.HF_DATASETS_CACHE, "llava_json", f"{key}.arrow")
     cache.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{cache}.lock"):
         cached = cache.exists()
         if not cached:
-            features = _check(path, folder)
+            features = _check(path, folder, placement)
             partial_file = cache.with_suffix(".partial")
-            _write(_rows(path, folder, features, is_file=bool), features, partial_file)  # bool: all were found
+            rows = _rows(path, folder, placement, features, is_file=bool)  # bool: all were found
+            _write(rows, features, partial_file)
             if _stamp(path) != stamp:
                 raise ValueError(f"{path}: found that the file changed while it was read. Load it again.")
             os.replace(partial_file, cache)
@@ -157,7 +167,7 @@ def _load_file(path: str, folder: str, split: str) -> Dataset:
     if cached:
         is_file = _file_finder()
         if not all(map(is_file, pc.unique(pc.list_flatten(rows.data["images"])).to_pylist())):
-            _check(path, folder)  # a picture has gone since: raises, with the rows named
+            _check(path, folder, placement)  # a picture has gone since: raises, with the rows named
     if split == split_name:
         return rows
     spans = ReadInstruction.from_spec(split).to_absolute({split_name: len(rows)})
@@ -179,23 +189,23 @@ def _write(rows: Iterator[dict], features: Features, target: Path) -> None:
             writer.write_table(pa.concat_tables(chunk).combine_chunks())
 
 
-def _stream_file(path: str, folder: str, split: str) -> IterableDataset:
+def _stream_file(path: str, folder: str, placement: str, split: str) -> IterableDataset:
     if "[" in split:
         raise ValueError(f"{path}: found split={split!r}; a stream has no slices. Load it without streaming.")
     peek = [record for record in islice(_records(path), STREAM_PEEK) if isinstance(record, dict)]
     features = _features({name: Json() for record in peek for name in record if name not in READ_HERE})
-    kwargs = {"path": path, "folder": folder, "features": features}
+    kwargs = {"path": path, "folder": folder, "placement": placement, "features": features}
     return IterableDataset.from_generator(_rows, features=features, gen_kwargs=kwargs, split=NamedSplit(split))
 
 
-def _check(path: str, folder: str) -> Features:
+def _check(path: str, folder: str, placement: str) -> Features:
     """Parse the whole file; raise one error for its bad rows, or return the features of its rows."""
     is_file = _file_finder()
     types: dict[str, set[type]] = {}
     errors, bad = [], 0
     for row, record in enumerate(_records(path)):
         try:
-            _parse_row(record, folder, is_file)
+            _parse_row(record, folder, placement, is_file)
         except _BadRow as error:
             bad += 1
             if bad <= ERRORS_SHOWN:
@@ -243,11 +253,11 @@ def _file_finder() -> Callable[[str], bool]:
     return is_file
 
 
-def _rows(path: str, folder: str, features: Features, is_file: Callable[[str], bool] = os.path.isfile):
+def _rows(path: str, folder: str, placement: str, features: Features, is_file: Callable[[str], bool] = os.path.isfile):
     as_json = {name for name, feature in features.items() if isinstance(feature, Json)}
     for row, record in enumerate(_records(path)):
         try:
-            messages, images = _parse_row(record, folder, is_file)
+            messages, images = _parse_row(record, folder, placement, is_file)
         except _BadRow as error:
             raise ValueError(_describe(path, row, record, error)) from None
         columns = {}
@@ -371,7 +381,7 @@ def _broken_json(line: int, error: ValueError) -> _BadRow:
     )
 
 
-def _parse_row(record, folder: str, is_file: Callable[[str], bool]) -> tuple[list[dict], list[str]]:
+def _parse_row(record, folder: str, placement: str, is_file: Callable[[str], bool]) -> tuple[list[dict], list[str]]:
     if isinstance(record, _BadRow):
         raise record
     if not isinstance(record, dict):
@@ -386,7 +396,7 @@ def _parse_row(record, folder: str, is_file: Callable[[str], bool]) -> tuple[lis
             "'conversations' with 'from' and 'value'",
             "Rename the keys; data in the messages format is loaded as a folder or hub dataset",
         )
-    messages = _parse_turns(record)
+    messages = _parse_turns(record, MARKERS[placement])
     pictures = _parse_pictures(record)
     markers = sum(part["type"] == "image" for message in messages for part in message["content"])
     if markers != len(pictures):
@@ -404,7 +414,7 @@ def _parse_row(record, folder: str, is_file: Callable[[str], bool]) -> tuple[lis
     return messages, pictures
 
 
-def _parse_turns(record: dict) -> list[dict]:
+def _parse_turns(record: dict, marker: re.Pattern) -> list[dict]:
     turns = record.get("conversations")
     if turns is None:
         close = difflib.get_close_matches("conversations", record, n=1, cutoff=0.8)
@@ -428,7 +438,7 @@ def _parse_turns(record: dict) -> list[dict]:
                 "'from' and 'value' alone",
                 "Rename or remove the keys; what belongs to the whole row may stand beside 'conversations'",
             )
-        messages.append(_parse_turn(number, turn["from"], turn["value"]))
+        messages.append(_parse_turn(number, turn["from"], turn["value"], marker))
 
     roles = [message["role"] for message in messages]
     talk = roles[1:] if roles[:1] == ["system"] else roles
@@ -441,7 +451,7 @@ def _parse_turns(record: dict) -> list[dict]:
     return messages
 
 
-def _parse_turn(number: int, speaker, value) -> dict:
+def _parse_turn(number: int, speaker, value, marker: re.Pattern) -> dict:
     role = ROLES.get(speaker) if isinstance(speaker, str) else None
     if role is None:
         raise _BadRow(f"turn {number} from {speaker!r}", "human or user, gpt or assistant, or system", "Rename it")
@@ -449,7 +459,7 @@ def _parse_turn(number: int, speaker, value) -> dict:
         raise _BadRow(
             f"turn {number} with a value of type {type(value).__name__}", "a string", "Write the text in quotes"
         )
-    texts = MARKER.split(value)
+    texts = marker.split(value)
     if len(texts) == 1:
         return {"role": role, "content": [{"type": "text", "text": value}]}
     if role != "user":

@@ -81,6 +81,7 @@ def load_datasets(script_args: LlavaScriptArguments, training_args: LlavaSFTConf
         "image_folder": script_args.image_folder,
         "name": script_args.dataset_config,
         "streaming": script_args.dataset_streaming,
+        "placement": script_args.placement,
     }
     if script_args.dataset_streaming and training_args.max_steps <= 0:
         raise ValueError("--dataset_streaming has no length: pass --max_steps, so that the schedule knows its end")

@@ -84,7 +84,9 @@ def main(argv=None):
     output, summary_file = Path(args.output), Path(f"{args.output}.summary.json")
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"{output} exists: pass another --output, or --overwrite to replace it")
-    rows = load_rows(args.dataset_name, image_folder=args.image_folder, split=args.dataset_test_split)
+    rows = load_rows(
+        args.dataset_name, image_folder=args.image_folder, split=args.dataset_test_split, placement=args.placement
+    )
     rows = rows.select(range(len(rows))[: args.limit])
     columns = [column for column in (args.group_by, "source", "category") if column in rows.column_names]
     if args.group_by and args.group_by not in columns:

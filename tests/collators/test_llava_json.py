@@ -11,7 +11,7 @@ from datasets import Dataset, DatasetDict, Features, Image, Json, List, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from collators import LlavaDataCollator, llava_json, load_rows, training_chat_template
+from collators import LlavaDataCollator, llava_json, load_rows, read_row, training_chat_template
 from tiny import make_processor, picture
 
 DOCS = Path(__file__).parents[2] / "docs" / "data_format.md"
@@ -117,15 +117,83 @@ def test_text_is_split_at_the_markers(folder, value, content):
     assert load_rows(write(folder / "train.json", [row]))[0]["messages"][0]["content"] == content
 
 
-@given(st.lists(st.sampled_from(["<image>", "\n", "word", " ", "é", "<imag"]), max_size=12).map("".join))
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("value", "content"),
+    [
+        ("<image>", [IMAGE]),
+        ("<image>\nWhat?", [IMAGE, text("\nWhat?")]),
+        ("Image 1: <image>\nWhat?", [text("Image 1: "), IMAGE, text("\nWhat?")]),
+        ("Q\n<image>", [text("Q\n"), IMAGE]),
+        ("<image>\n<image>\n\n Q \n", [IMAGE, text("\n"), IMAGE, text("\n\n Q \n")]),
+        ("<image><image>.", [IMAGE, IMAGE, text(".")]),
+        ("", [text("")]),
+    ],
+)
+def test_kept_in_place_the_text_is_verbatim(folder, value, content, streaming):
+    row = talk(value, "Yes.\n", images=["a.png"] * value.count("<image>"))
+    path = write(folder / "train.json", [row])
+    messages = list(load_rows(path, placement="keep", streaming=streaming))[0]["messages"]
+    assert messages[0]["content"] == content
+    assert messages[1]["content"] == [text("Yes.\n")]
+
+
+TEXTS = st.lists(st.sampled_from(["<image>", "\n", "word", " ", "é", "<imag"]), max_size=12).map("".join)
+
+
+def split(value, placement) -> list[dict]:
+    return llava_json._parse_turn(0, "human", value, llava_json.MARKERS[placement])["content"]
+
+
+def join(content) -> str:
+    return "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
+
+
+@given(TEXTS)
 def test_splitting_loses_one_newline_a_marker_and_nothing_else(value):
-    content = llava_json._parse_turn(0, "human", value)["content"]
+    content = split(value, "front")
     assert [part["type"] for part in content].count("image") == value.count("<image>")
-    joined = "".join("<image>" if part["type"] == "image" else part["text"] for part in content)
-    assert joined.replace("\n", "") == value.replace("\n", "")
+    assert join(content).replace("\n", "") == value.replace("\n", "")
     touching = len(re.findall(r"<image>\n|\n<image>(?!\n)", value))
-    assert joined.count("\n") == value.count("\n") - touching
+    assert join(content).count("\n") == value.count("\n") - touching
     assert value == "" or all(part["text"] != "" for part in content)
+
+
+@given(TEXTS)
+def test_splitting_loses_nothing_of_what_is_kept_in_place(value):
+    content = split(value, "keep")
+    assert join(content) == value
+    assert value == "" or all(part["text"] != "" for part in content)
+
+
+@given(TEXTS, st.sampled_from(["front", "keep"]))
+def test_the_collator_splits_string_contents_the_same(value, placement):
+    messages = [{"role": "user", "content": value}, {"role": "assistant", "content": "Yes."}]
+    row = {"messages": messages, "images": ["a.png"] * value.count("<image>")}
+    content = read_row(row, "<image>", placement=placement)["messages"][0]["content"]
+    expected = [{"type": "image"} if part["type"] == "image" else part for part in split(value, placement)]
+    if placement == "front":
+        expected.sort(key=lambda part: part["type"] != "image")
+    assert content == expected
+
+
+def test_a_placement_is_one_of_two(folder):
+    for path in (write(folder / "train.json", [QUESTION]), folder):
+        with pytest.raises(ValueError, match="placement='middle': expected one of 'front', 'keep'"):
+            load_rows(path, placement="middle")
+
+
+def test_another_placement_is_another_cache(folder):
+    path = write(folder / "train.json", [QUESTION])
+    assert [load_rows(path, placement=p)[0]["messages"][0]["content"][1] for p in ("front", "keep", "front")] == [
+        text("Which?"), text("\nWhich?"), text("Which?"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("placement", ["front", "keep"])
+def test_messages_pass_through_with_both_placements(tmp_path, placement):
+    vsft().save_to_disk(tmp_path / "set")
+    assert load_rows(tmp_path / "set", placement=placement)[0] == VSFT_ROW
 
 
 def test_image_folder_and_absolute_paths(folder, tmp_path):
