@@ -22,6 +22,13 @@ TRAIN_ON = ("assistant", "last_assistant", "all")
 PLACEMENT = ("front", "keep")
 OVERLONG = ("raise", "drop")
 TEMPLATE_FLAGS = "(chat_template=, in recipes --chat_template_path; see collators/chat_templates/)"
+# A question whose picture stands between its words: it shows whether a template leaves it there.
+INTERLEAVED = [
+    {
+        "role": "user",
+        "content": [{"type": "text", "text": "before"}, {"type": "image"}, {"type": "text", "text": "behind"}],
+    }
+]
 # Renders text that is already rendered, and marks what is trained of it (see LlavaDataCollator._as_segments).
 SEGMENTS_TEMPLATE = (
     "{% for message in messages %}{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}"
@@ -122,11 +129,13 @@ class LlavaDataCollator:
         max_length: Most tokens a row may have, image tokens included. A longer row loses whole exchanges (a user turn
             and its answer, with their pictures) from its end; an image block or an answer is never cut. None: no
             limit.
+        max_images: Most pictures a row may have; a row with more loses whole exchanges in the same way, before any
+            picture is opened. None: no limit.
         placement: `"front"`: the pictures of a turn stand before its text (LLaVA-1.5's habit and what the released
             templates render). `"keep"`: pictures stay where they are in the text; a template that would move them is
             an error.
-        overlong: A row whose first answer does not fit into `max_length` is an error (`"raise"`), or is left out of
-            its batch (`"drop"`); a batch of such rows alone becomes one made-up row of which nothing trains.
+        overlong: A row whose first exchange exceeds `max_length` or `max_images` is an error (`"raise"`), or is left
+            out of its batch (`"drop"`); a batch of such rows alone becomes one made-up row of which nothing trains.
         chat_template: Rendered instead of the processor's own template.
         stop_token_ids: Ids at which `generate` stops; defaults to the tokenizer's EOS. Every trained answer must end
             in one of them.
@@ -138,6 +147,7 @@ class LlavaDataCollator:
             were taken from between texts, and answers whose leading newline became one token with the header's, so
             far in this process. The first of each kind are named in the log.
         marks_answers: Whether the template has `{% generation %}` blocks.
+        moves_pictures: Whether the template renders a picture that stands within a turn's text elsewhere.
 
     Raises:
         ValueError: On construction, if an option is outside its set, or the template does not end an answer in a stop
@@ -159,6 +169,7 @@ class LlavaDataCollator:
         *,
         train_on: str = "assistant",
         max_length: int | None = None,
+        max_images: int | None = None,
         placement: str = "front",
         overlong: str = "raise",
         chat_template: str | None = None,
@@ -174,8 +185,9 @@ class LlavaDataCollator:
         ):
             if value not in known:
                 raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, known))}")
-        if max_length is not None and max_length < 1:
-            raise ValueError(f"max_length={max_length}: expected a positive number of tokens, or None for no limit")
+        for name, value, unit in (("max_length", max_length, "tokens"), ("max_images", max_images, "pictures")):
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value}: expected a positive number of {unit}, or None for no limit")
         tokenizer = processor.tokenizer
         if stop_token_ids is None and tokenizer.eos_token_id is None:
             raise ValueError("the tokenizer has no EOS token: pass stop_token_ids=, the ids at which generate stops")
@@ -183,6 +195,7 @@ class LlavaDataCollator:
         self.processor = processor
         self.train_on = train_on
         self.max_length = max_length
+        self.max_images = max_images
         self.placement = placement
         self.overlong = overlong
         self.chat_template = chat_template or processor.chat_template
@@ -203,7 +216,7 @@ class LlavaDataCollator:
             raise ValueError(
                 "the tokenizer has no pad token: set processor.tokenizer.pad_token, to its EOS for example"
             )
-        conversations = [self._read(row, index) for index, row in enumerate(rows)]
+        conversations = [kept for index, row in enumerate(rows) for kept in self._read(row, index)] or [self._idle]
         batch, answers = self._encode(conversations, pads)
         while self.max_length is not None and (batch["attention_mask"].sum(1) > self.max_length).any():
             conversations = self._shorten(conversations, batch["attention_mask"], answers)
@@ -213,23 +226,31 @@ class LlavaDataCollator:
             batch["labels"].fill_(IGNORE_INDEX)
         return batch
 
-    def _read(self, row: Mapping[str, Any], index: int) -> dict[str, Any]:
-        """Check a row and bring it to list contents, decoded pictures and the asked placement."""
+    def _read(self, row: Mapping[str, Any], index: int) -> list[dict[str, Any]]:
+        """Check a row and bring it to list contents, decoded pictures and the asked placement; empty if it drops."""
         conversation = read_row(row, self.processor.image_token, placement=self.placement, index=index)
         name = conversation["name"]
         if conversation.pop("moved"):
             self.moved += 1
             self._log(self.moved, f"{name}: pictures between texts were moved to the front of their turn")
-        if self._moves_pictures and any(map(_has_text_before_picture, conversation["messages"])):
+        if self.moves_pictures and any(map(_has_text_before_picture, conversation["messages"])):
             raise ValueError(
                 f"{name}: the chat template renders the pictures of a turn before its text, but placement='keep' was "
-                "asked for. Pass a template that renders the parts in order, or placement='front'."
+                "asked for. Pass a template that renders the parts in order (collators/chat_templates/*_keep.jinja), "
+                "or placement='front'."
             )
+        pictures = len(conversation["images"])
+        if self.max_images is not None and pictures > self.max_images:
+            fitting = _exchanges_within(conversation, self.max_images)
+            kept = self._cut(conversation, fitting, f"{pictures} pictures", f"max_images={self.max_images}")
+            if kept is None:
+                return []
+            conversation = kept
         try:
             conversation["images"] = [load_image(source) for source in conversation["images"]]
         except (ValueError, FileNotFoundError, TypeError) as error:
             raise type(error)(f"{name}: {error}") from error
-        return conversation
+        return [conversation]
 
     def _encode(self, conversations: list[dict[str, Any]], pads: bool) -> tuple[dict[str, Any], list]:
         """Tokenise; returns the batch and, per row, the `(start, end)` positions of each answer in `input_ids`."""
@@ -341,25 +362,25 @@ class LlavaDataCollator:
             fitting = sum(end - first <= self.max_length for _, end in spans)
             if conversation["messages"][-1]["role"] == "assistant":
                 fitting = min(fitting, len(spans) - 1)
-            if fitting:
-                self.shortened += 1
-                self._log(
-                    self.shortened,
-                    f"{conversation['name']}: {length} tokens for max_length={self.max_length}; kept the first "
-                    f"{fitting} of {len(spans)} exchanges",
-                )
-                kept.append(_first_exchanges(conversation, fitting))
-                continue
-            found = (
-                f"{conversation['name']}: {length} tokens, and not one answer fits into max_length={self.max_length}"
-            )
-            if self.overlong == "raise":
-                raise ValueError(
-                    f"{found}. Raise --max_length, shorten the row, or pass overlong='drop' to leave it out."
-                )
-            self.dropped += 1
-            self._log(self.dropped, f"{found}; left out of its batch")
+            if cut := self._cut(conversation, fitting, f"{length} tokens", f"max_length={self.max_length}"):
+                kept.append(cut)
         return kept or [self._idle]
+
+    def _cut(self, conversation: dict[str, Any], fitting: int, found: str, limit: str) -> dict[str, Any] | None:
+        """Keep the first `fitting` exchanges; without one, raise or return None, as `overlong` says."""
+        count = sum(message["role"] == "assistant" for message in conversation["messages"])
+        found = f"{conversation['name']}: {found} for {limit}"
+        if fitting:
+            self.shortened += 1
+            self._log(self.shortened, f"{found}; kept the first {fitting} of {count} exchanges")
+            return _first_exchanges(conversation, fitting)
+        found = f"{found}, and not even the first exchange fits"
+        if self.overlong == "raise":
+            flag = limit.partition("=")[0]
+            raise ValueError(f"{found}. Raise --{flag}, shorten the row, or pass overlong='drop' to leave it out.")
+        self.dropped += 1
+        self._log(self.dropped, f"{found}; left out of its batch")
+        return None
 
     def _label(self, batch: dict[str, Any], answers: list[list[tuple[int, int]]]) -> torch.Tensor:
         ids = batch["input_ids"]
@@ -381,11 +402,9 @@ class LlavaDataCollator:
 
     def _check_template(self) -> None:
         """Push one made-up exchange with a picture through the template, as training and as inference do."""
-        parts = [{"type": "text", "text": "before"}, {"type": "image"}, {"type": "text", "text": "behind"}]
         made_up = {"name": "a made-up row", "images": [Image.new("RGB", (64, 48))]}
-        rendered = self._render(made_up, [{"role": "user", "content": parts}], add_generation_prompt=True)
-        places = [rendered.find(text) for text in ("before", self.processor.image_token, "behind")]
-        self._moves_pictures = places != sorted(places)
+        rendered = self._render(made_up, INTERLEAVED, add_generation_prompt=True)
+        self.moves_pictures = moves_pictures(self.processor, self.chat_template)
         bos = self.processor.tokenizer.bos_token
         self._writes_bos = bos is not None and rendered.startswith(bos)
 
@@ -414,6 +433,19 @@ class LlavaDataCollator:
         """Each of the first five, then every power of ten, so that a long run's log stays readable."""
         if count <= 5 or str(count).strip("0") == "1":
             logger.warning("%s (no. %d of this kind in this process)", message, count)
+
+
+def moves_pictures(processor, chat_template: str | None = None) -> bool:
+    """Say whether a chat template renders a picture that stands between a turn's words elsewhere, as the released do.
+
+    Args:
+        processor: A Llava-family processor.
+        chat_template: Rendered instead of the processor's own.
+    """
+    rendered = processor.apply_chat_template(INTERLEAVED, chat_template=chat_template, add_generation_prompt=True)
+    places = [rendered.find(text) for text in ("before", processor.image_token, "behind")]
+    places = [place for place in places if place >= 0]  # a caption's template leaves the question's words out
+    return places != sorted(places)
 
 
 def read_row(row: Mapping[str, Any], image_token: str, *, placement: str = "front", index: int = 0) -> dict[str, Any]:
@@ -526,6 +558,15 @@ def _first_exchanges(conversation: dict[str, Any], count: int) -> dict[str, Any]
     messages = conversation["messages"][: ends[count - 1] + 1]
     pictures = sum(part["type"] == "image" for message in messages for part in message["content"])
     return {**conversation, "messages": messages, "images": conversation["images"][:pictures]}
+
+
+def _exchanges_within(conversation: dict[str, Any], max_images: int) -> int:
+    """How many whole exchanges from the start have at most `max_images` pictures."""
+    pictures = fitting = 0
+    for message in conversation["messages"]:
+        pictures += sum(part["type"] == "image" for part in message["content"])
+        fitting += message["role"] == "assistant" and pictures <= max_images
+    return fitting
 
 
 def _runs(mask: list[int]) -> list[tuple[int, int]]:

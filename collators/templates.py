@@ -7,36 +7,45 @@ from pathlib import Path
 
 from jinja2 import TemplateError
 
-from collators.llava import LlavaDataCollator
+from collators.llava import INTERLEAVED, PLACEMENT, LlavaDataCollator, moves_pictures
 
 TWINS = ("vicuna_v1", "vip_llava", "mistral_instruct", "llama_2", "chatml", "interleave_qwen", "plain")
+# Each conversation's twin that leaves pictures where they stand in a turn.
+KEEP_TWINS = {name: f"{name}_keep" for name in TWINS if name != "plain"}
 
 
 def chat_template_path(name: str) -> Path:
-    """Path of the twin `name` (one of `TWINS`), for TRL's `--chat_template_path`."""
-    if name not in TWINS:
-        raise ValueError(f"chat template {name!r}: expected one of {', '.join(TWINS)}")
+    """Path of the twin `name` (one of `TWINS` or `KEEP_TWINS`), for TRL's `--chat_template_path`."""
+    known = [*TWINS, *KEEP_TWINS.values()]
+    if name not in known:
+        raise ValueError(f"chat template {name!r}: expected one of {', '.join(known)}")
     return Path(__file__).with_name("chat_templates") / f"{name}.jinja"
 
 
-def training_chat_template(processor, path: str | Path | None = None) -> str:
+def training_chat_template(processor, path: str | Path | None = None, *, placement: str = "front") -> str:
     """Choose the chat template to train with, and to save with the processor.
 
-    With `path`, that file. Else the processor's own template, if it marks answers with `{% generation %}` and trains
-    a stop token; else the twin whose prompts equal those of the own template, compared by what both render (a question
-    with a picture, one without, one under a system text); else the own template, which `LlavaDataCollator` judges.
+    With `path`, that file. Else the processor's own template, if it marks answers with `{% generation %}`, trains a
+    stop token and is none of the twins; else the twin for `placement` whose prompts equal those of the own template,
+    compared by what both render (a question with a picture, one without, one under a system text); else the own
+    template, which `LlavaDataCollator` judges.
 
     Args:
         processor: The checkpoint's processor.
         path: A `.jinja` or `.j2` file (TRL's `--chat_template_path`).
+        placement: `"keep"` takes the twin that leaves pictures where they stand in a turn, `"front"` the one that
+            puts them before its text.
 
     Returns:
         The template's text.
 
     Raises:
-        ValueError: `path` is no template file, the processor has no template or several, or it carries stage 1's
-            `plain` template, which renders no question, and no `path` says what stage 2 should use.
+        ValueError: `path` is no template file, the processor has no template or several, it carries stage 1's
+            `plain` template, which renders no question, and no `path` says what stage 2 should use, or `placement` is
+            `"keep"` and the template would move pictures; the message names the twin that does not.
     """
+    if placement not in PLACEMENT:
+        raise ValueError(f"placement={placement!r}: expected one of {', '.join(map(repr, PLACEMENT))}")
     example = f"for example {chat_template_path('vicuna_v1')}"
     if path is not None:
         if not (Path(path).is_file() and Path(path).suffix in (".jinja", ".j2")):
@@ -44,22 +53,77 @@ def training_chat_template(processor, path: str | Path | None = None) -> str:
                 f"--chat_template_path {path}: expected an existing .jinja file, {example}. (TRL also clones from a "
                 "tokenizer; a processor needs the file.)"
             )
-        return Path(path).read_text(encoding="utf-8")
+        template = Path(path).read_text(encoding="utf-8")
+        return _refuse_moving(processor, template, f"--chat_template_path {path}") if placement == "keep" else template
     template = processor.chat_template
     if not isinstance(template, str):
         found = f"has several chat templates ({', '.join(template)})" if template else "has no chat template"
         raise ValueError(f"the checkpoint {found}: pass --chat_template_path, {example}")
-    own = _prompts(processor, template)
-    twins = {name: chat_template_path(name).read_text(encoding="utf-8") for name in TWINS}
-    same = next((name for name, twin in twins.items() if own == _prompts(processor, twin)), None)
-    if same == "plain":
+    family = _family(processor, template)
+    if family == "plain":
         raise ValueError(
             "the checkpoint carries stage 1's `plain` template, which leaves every question out: pass "
             f"--chat_template_path with the conversation's template, {example}"
         )
-    if same is None or _trains_a_stop_token(processor, template):
+    twins = {name: _read(name) for name in ([family, KEEP_TWINS[family]] if family else [])}
+    if family and (template in twins.values() or not _trains_a_stop_token(processor, template)):
+        return twins[family if placement == "front" else KEEP_TWINS[family]]
+    return _refuse_moving(processor, template, "the checkpoint's") if placement == "keep" else template
+
+
+def tag_images(processor, template: str, image_tag_format: str) -> str:
+    """Put words around each picture of a chat template: LLaVA's `mm_use_im_start_end` and its `mmtag` conversations.
+
+    Args:
+        processor: The checkpoint's processor, which says what the image token is.
+        template: A chat template that writes the image token out, as all twins do. With the tags in it already it
+            comes back as it is.
+        image_tag_format: `"<Image>{}</Image>"`, `"<im_start>{}<im_end>"`: the picture takes the place of `{}`.
+
+    Returns:
+        The template with the tags, which are tokens of their own where the tokenizer has such, and else plain text.
+
+    Raises:
+        ValueError: The format has no `{}`, or what would end a string in the template; or the template does not
+            write the image token out.
+    """
+    image = processor.image_token
+    before, mark, after = image_tag_format.partition("{}")
+    if not mark or not before + after or set(before + after) & set("'\"\\{}"):
+        raise ValueError(
+            f"image_tag_format={image_tag_format!r}: expected words around one {{}}, without quotes, backslashes and "
+            "further braces, for example <Image>{}</Image>"
+        )
+    tag = f"{before}{image}{after}"
+    tagged = template if tag in template else template.replace(image, tag)
+    rendered = processor.apply_chat_template(INTERLEAVED, chat_template=tagged)
+    if rendered.count(tag) != 1 or rendered.count(image) != 1:
+        raise ValueError(
+            f"image_tag_format={image_tag_format!r}: the chat template does not write {image} out, so the tags cannot "
+            "be put around it. Write them into the template yourself."
+        )
+    return tagged
+
+
+def _refuse_moving(processor, template: str, whose: str) -> str:
+    if not moves_pictures(processor, template):
         return template
-    return twins[same]
+    family = _family(processor, template)
+    twin = f"its twin {chat_template_path(KEEP_TWINS[family])}" if family else "one that renders the parts in order"
+    raise ValueError(
+        f"--placement keep: {whose} chat template renders the pictures of a turn before its text. Pass "
+        f"--chat_template_path with {twin}, or --placement front."
+    )
+
+
+def _read(name: str) -> str:
+    return chat_template_path(name).read_text(encoding="utf-8")
+
+
+def _family(processor, template: str) -> str | None:
+    """The twin whose prompts are the template's own, wherever it leaves pictures."""
+    own = _prompts(processor, template)
+    return next((name for name in TWINS if own == _prompts(processor, _read(name))), None)
 
 
 def _trains_a_stop_token(processor, template: str) -> bool:

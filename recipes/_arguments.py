@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments, TrlParser
 
+from _processor import IMAGE_ASPECT_RATIOS
 from _trainer import LlavaSFTConfig
 from collators import load_rows
 
@@ -35,11 +36,24 @@ class LlavaScriptArguments(ScriptArguments):
         default="front",
         metadata={"help": "Pictures before a turn's text, or where they stand in it.", "choices": ["front", "keep"]},
     )
+    max_images: int | None = field(
+        default=None, metadata={"help": "Most pictures of a row; one with more loses whole exchanges from its end."}
+    )
     overlong: str = field(
         default="raise",
         metadata={
-            "help": "A row whose first answer exceeds --max_length: stop, or leave it out.",
+            "help": "A row whose first exchange exceeds --max_length or --max_images: stop, or leave it out.",
             "choices": ["raise", "drop"],
+        },
+    )
+    image_tag_format: str | None = field(
+        default=None, metadata={"help": "Words around each picture: '<Image>{}</Image>'. Saved in the chat template."}
+    )
+    image_aspect_ratio: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a picture becomes square. Default: as the checkpoint does.",
+            "choices": list(IMAGE_ASPECT_RATIOS),
         },
     )
 

@@ -15,13 +15,13 @@ from typing import Literal
 import rich
 from transformers import AutoImageProcessor, AutoTokenizer, LlavaProcessor, set_seed
 from transformers.hf_argparser import HfArg
-from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 from trl import TrlParser
 
 from _assembly import assemble, check_picture, check_saved, count_extra_tokens, load_parts
 from _parts import part_table
+from _processor import square_image_processor
 from _projector import load_projector
-from collators import LlavaDataCollator, chat_template_path
+from collators import LlavaDataCollator, chat_template_path, tag_images
 
 
 @dataclass
@@ -34,6 +34,7 @@ class BuildArguments:
     vision_feature_layer: int = HfArg(default=-2, help="hidden state of the tower that the projector reads")
     vision_feature_select_strategy: Literal["default", "full"] | None = HfArg(default=None, help="unset: from tower")
     image_aspect_ratio: Literal["pad", "crop", "resize"] = HfArg(default="pad", help="how a picture becomes square")
+    image_tag_format: str | None = HfArg(default=None, help="'<im_start>{}<im_end>': tokens put around each picture")
     chat_template: str = HfArg(default="vicuna_v1", help="one of collators/chat_templates/, or path to a .jinja file")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(default="auto", help="auto: exact for both parts")
     seed: int = HfArg(default=42, help="of the projector and of the new embedding rows")
@@ -45,13 +46,14 @@ def make_parser() -> TrlParser:
 
 
 def make_tokenizer(options: BuildArguments):
-    """Give the language model's tokenizer `<image>`, and a pad token if it has none."""
+    """Give the language model's tokenizer `<image>`, the words of the image tags, and a pad token if it has none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(options.language_model)
     except (OSError, ValueError) as error:  # whose message may lack the name, or ask for tiktoken instead
         hint = "a tokenizer.model without tokenizer.json needs the packages sentencepiece and protobuf"
         raise OSError(f"{options.language_model}: no tokenizer could be loaded ({error}); {hint}") from error
-    tokenizer.add_tokens(["<image>"], special_tokens=True)
+    tags = (options.image_tag_format or "").partition("{}")[::2]  # as LLaVA's mm_use_im_start_end adds them
+    tokenizer.add_tokens(["<image>", *filter(None, tags)], special_tokens=True)
     if tokenizer.pad_token is None:
         tokenizer.add_special_tokens({"pad_token": "<pad>"})
     return tokenizer
@@ -63,19 +65,8 @@ def make_processor(options: BuildArguments, tower, tokenizer) -> LlavaProcessor:
     strategy = options.vision_feature_select_strategy or ("default" if extra else "full")
     if strategy == "default" and not extra:
         raise ValueError("vision_feature_select_strategy default would lose a patch: the tower has no CLS; pass full")
-    if options.image_aspect_ratio not in ("pad", "crop", "resize"):  # argparse checks no choices in a YAML file
-        raise ValueError(f"image_aspect_ratio {options.image_aspect_ratio!r}: expected pad, crop or resize")
-    square = {"height": tower.config.image_size, "width": tower.config.image_size}
     own = AutoImageProcessor.from_pretrained(options.vision_tower)
-    image_processor = LlavaImageProcessorPil(
-        do_pad=options.image_aspect_ratio == "pad",
-        do_center_crop=options.image_aspect_ratio != "resize",
-        size=square if options.image_aspect_ratio == "resize" else {"shortest_edge": tower.config.image_size},
-        crop_size=square,
-        resample=own.resample,
-        image_mean=own.image_mean,
-        image_std=own.image_std,
-    )
+    image_processor = square_image_processor(options.image_aspect_ratio, tower.config.image_size, own)
     return LlavaProcessor(
         image_processor, tokenizer, tower.config.patch_size, strategy, num_additional_image_tokens=extra
     )
@@ -91,6 +82,8 @@ def main(argv=None):
     processor = make_processor(options, parts[0], tokenizer)
     name = options.chat_template
     processor.chat_template = (Path(name) if name.endswith(".jinja") else chat_template_path(name)).read_text("utf-8")
+    if options.image_tag_format:
+        processor.chat_template = tag_images(processor, processor.chat_template, options.image_tag_format)
     model = assemble(*parts, processor, options.vision_feature_layer, options.projector_hidden_act)
     if options.projector:
         load_projector(model, options.projector)

@@ -2,9 +2,9 @@
 
     python recipes/chat.py --model outputs/llava-sft --image cat.jpg
 
-`/image PATH` adds a picture to the next question, `/reset` forgets the conversation and its pictures, `/quit` or
-Ctrl-D ends. Ctrl-C stops an answer; what there is of it stays in the conversation. Questions may also come from a
-pipe, one a line: answers go to standard output, all else to standard error.
+`/image PATH` adds a picture to the next question, where it says `<image>` or else ahead of it; `/reset` forgets all,
+`/quit` or Ctrl-D ends. Ctrl-C stops an answer; what there is of it stays in the conversation. Questions may also come
+from a pipe, one a line: answers go to standard output, all else to standard error.
 """
 
 import argparse
@@ -77,12 +77,16 @@ def stream_answer(model, processor, messages, images, **generation):
 
 
 def make_message(role, text, pictures=0):
-    return {"role": role, "content": [{"type": "image"}] * pictures + [{"type": "text", "text": text}]}
+    """Pictures stand where the text says <image>; if it does not say so of each, ahead of it."""
+    texts = text.split("<image>") if text.count("<image>") == pictures else [*[""] * pictures, text]
+    parts = [part for words in texts for part in ({"type": "image"}, {"type": "text", "text": words})][1:]
+    return {"role": role, "content": [part for part in parts if part.get("text") != ""]}
 
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
     model, processor = load_checkpoint(args.model, args.dtype, args.device)
+    generation = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
     opening = [make_message("system", args.system)] if args.system else []
     messages, shown, waiting = opening, [], []
     for line in chain((f"/image {path}" for path in args.image), read_lines()):
@@ -101,14 +105,7 @@ def main(argv=None):
         elif line:
             question = make_message("user", line, len(waiting))
             try:
-                text = stream_answer(
-                    model,
-                    processor,
-                    [*messages, question],
-                    shown + waiting,
-                    max_new_tokens=args.max_new_tokens,
-                    temperature=args.temperature,
-                )
+                text = stream_answer(model, processor, [*messages, question], shown + waiting, **generation)
             except (ValueError, TemplateError) as error:
                 note(f"not asked: {error}")
                 continue

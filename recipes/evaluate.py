@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from _answers import MEASURES, add_arguments, answer, load_checkpoint, score, summarise
-from collators import load_rows, read_row
+from collators import load_rows, moves_pictures, read_row
 
 
 def make_parser():
@@ -36,7 +36,7 @@ def make_parser():
     parser.add_argument("--dataset_name", required=True, help="LLaVA JSON, or what else collators.load_rows takes")
     parser.add_argument("--dataset_test_split", default="test", help="the split to ask, if --dataset_name has several")
     parser.add_argument("--image_folder", help="where relative picture paths start; default: the JSON file's folder")
-    parser.add_argument("--placement", default="front", choices=["front", "keep"], help="of pictures, as in training")
+    parser.add_argument("--placement", choices=["front", "keep"], help="default: as the checkpoint's template does")
     parser.add_argument("--limit", type=int, help="take the first rows only")
     parser.add_argument("--output", default="answers.jsonl", help="one JSON line a question")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing --output")
@@ -49,7 +49,8 @@ def read_questions(rows, columns, image_token, placement):
     for index, row in enumerate(rows):
         conversation = read_row(row, image_token, placement=placement, index=index)
         messages, images = conversation["messages"], conversation["images"]
-        texts = ["".join(part.get("text", "") for part in message["content"]).strip() for message in messages]
+        mark = image_token if placement == "keep" else ""
+        texts = ["".join(part.get("text", mark) for part in message["content"]).strip() for message in messages]
         places = [sum(part["type"] == "image" for part in message["content"]) for message in messages]
         ends = [end for end, message in enumerate(messages) if message["role"] == "assistant"]
         for turn, end in enumerate(ends):
@@ -84,17 +85,16 @@ def main(argv=None):
     output, summary_file = Path(args.output), Path(f"{args.output}.summary.json")
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"{output} exists: pass another --output, or --overwrite to replace it")
-    rows = load_rows(
-        args.dataset_name, image_folder=args.image_folder, split=args.dataset_test_split, placement=args.placement
-    )
+    model, processor = load_checkpoint(args.model, args.dtype, args.device)
+    placement = args.placement or ("front" if moves_pictures(processor) else "keep")
+    options = {"image_folder": args.image_folder, "split": args.dataset_test_split, "placement": placement}
+    rows = load_rows(args.dataset_name, **options)
     rows = rows.select(range(len(rows))[: args.limit])
     columns = [column for column in (args.group_by, "source", "category") if column in rows.column_names]
     if args.group_by and args.group_by not in columns:
         raise ValueError(f"--group_by {args.group_by}: {args.dataset_name} has the columns {rows.column_names}")
-    model, processor = load_checkpoint(args.model, args.dtype, args.device)
-
     generation = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "num_beams")}
-    questions = read_questions(track(rows, "rows"), columns, processor.image_token, args.placement)
+    questions = read_questions(track(rows, "rows"), columns, processor.image_token, placement)
     records = []
     output.parent.mkdir(parents=True, exist_ok=True)
     summary_file.unlink(missing_ok=True)
@@ -111,7 +111,7 @@ def main(argv=None):
                 print(json.dumps(record, ensure_ascii=False), file=file, flush=True)
             records += asked
 
-    summary = summarise(records, columns[0] if columns else None) | {"settings": vars(args)}
+    summary = summarise(records, columns[0] if columns else None) | {"settings": vars(args) | {"placement": placement}}
     summary_file.write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
     rich.print(make_table(summary))
 

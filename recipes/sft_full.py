@@ -22,8 +22,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from _arguments import LlavaScriptArguments, load_datasets, recipe_parser
 from _parts import train_only
+from _processor import prepare_processor
 from _trainer import LlavaTrainer, stop_token_ids
-from collators import LlavaDataCollator, training_chat_template
+from collators import LlavaDataCollator
 
 # LLaVA-1.5's stage 2 (arXiv:2310.03744, table 9): a global batch of 128 rows = 16 a device × 8 GPUs.
 RECIPE = dict(
@@ -61,7 +62,7 @@ def main(argv=None):
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
-    processor.chat_template = training_chat_template(processor, training_args.chat_template_path)
+    prepare_processor(processor, script_args, training_args)
     model = AutoModelForImageTextToText.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
@@ -77,6 +78,7 @@ def main(argv=None):
         processor,
         train_on=script_args.train_on,
         max_length=training_args.max_length,
+        max_images=script_args.max_images,
         placement=script_args.placement,
         overlong=script_args.overlong,
         stop_token_ids=stop_token_ids(model, processor),

@@ -11,9 +11,8 @@ Data:   LLaVA JSON conversations with pictures, without, or mixed; or a dataset 
     accelerate launch recipes/sft_qlora.py --model_name_or_path llava-hf/llava-1.5-7b-hf --load_in_4bit False \
         --use_dora --dataset_name llava_v1_5_mix665k.json --image_folder images
 
-Writes the adapter, the trained projector and the processor to --output_dir, which PEFT, evaluate.py and chat.py load
-as it is (AutoModelForImageTextToText too, but for DoRA); merge_adapter.py makes a standalone checkpoint of it.
-Measured: not measured yet on a GPU (on digits: recipes/quickstart.py).
+Writes adapter, projector, processor to --output_dir, which PEFT, evaluate.py and chat.py load as it is (the auto class
+too, but for DoRA); merge_adapter.py makes a checkpoint of it. Measured: not yet on a GPU (digits: quickstart.py).
 """
 
 from dataclasses import dataclass, field
@@ -22,8 +21,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, set_seed
 
 from _arguments import LlavaScriptArguments, load_datasets, recipe_parser
 from _parts import adapter_config, add_adapters, quantised_loading
+from _processor import prepare_processor
 from _trainer import LlavaTrainer, stop_token_ids
-from collators import LlavaDataCollator, training_chat_template
+from collators import LlavaDataCollator
 
 # LLaVA-1.5's LoRA values (its finetune_lora.sh): a global batch of 128 rows = 16 a device × 8 GPUs.
 RECIPE = dict(
@@ -71,7 +71,7 @@ def main(argv=None):
         revision=model_args.model_revision,
         trust_remote_code=training_args.trust_remote_code,
     )
-    processor.chat_template = training_chat_template(processor, training_args.chat_template_path)
+    prepare_processor(processor, script_args, training_args)
     model = AutoModelForImageTextToText.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
@@ -93,6 +93,7 @@ def main(argv=None):
         processor,
         train_on=script_args.train_on,
         max_length=training_args.max_length,
+        max_images=script_args.max_images,
         placement=script_args.placement,
         overlong=script_args.overlong,
         stop_token_ids=stop_token_ids(model, processor),

@@ -19,7 +19,7 @@ from tokenizers.processors import TemplateProcessing
 import collators.llava
 import tiny
 from collators import LlavaDataCollator, chat_template_path, load_image, training_chat_template
-from collators.templates import TWINS
+from collators.templates import KEEP_TWINS, TWINS
 from tiny import assistant, picture, row, user
 
 CONVERSATIONS = ("vicuna_v1", "vip_llava", "mistral_instruct", "llama_2", "chatml", "interleave_qwen")
@@ -264,7 +264,7 @@ def test_chat_template_errors(tmp_path):
 
 def test_every_template_file_is_known():
     found = {path.stem for path in Path(collators.llava.__file__).parent.glob("chat_templates/*.jinja")}
-    assert found == set(TWINS)
+    assert found == {*TWINS, *KEEP_TWINS.values()}
 
 
 def test_a_template_that_trains_a_stop_token_is_kept():
@@ -438,7 +438,7 @@ def test_a_question_without_an_answer_at_the_end_goes_first():
 def test_overlong_rows_are_refused_or_dropped_by_name(caplog):
     rows = [row(user("Hi"), assistant("Yes"), id="short"), row(*LONG, id="long")]
     limit = make_collator()(rows[:1])["input_ids"].shape[1]
-    with pytest.raises(ValueError, match="row 'long': .* not one answer fits .*Raise --max_length"):
+    with pytest.raises(ValueError, match="row 'long': .* not even the first exchange fits. Raise --max_length"):
         make_collator(max_length=limit)(rows)
     collator = make_collator(max_length=limit, overlong="drop")
     batch = collator(rows)

@@ -360,7 +360,7 @@ def test_yaml_config_stands_between_the_defaults_and_the_command_line(parts, tmp
     with pytest.raises(ValueError, match="Unknown arguments from config file: .*image_aspect_ration"):
         build(parts, tmp_path / "typo", "--config", str(config))
     config.write_text("image_aspect_ratio: squeeze\n")
-    with pytest.raises(ValueError, match="image_aspect_ratio 'squeeze': expected pad, crop or resize"):
+    with pytest.raises(ValueError, match="image_aspect_ratio 'squeeze': expected pad, crop, resize"):
         build(parts, tmp_path / "typo", "--config", str(config))
 
 

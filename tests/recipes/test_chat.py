@@ -46,6 +46,20 @@ def pictures(tmp_path):
     return tmp_path
 
 
+@pytest.mark.parametrize(
+    ("text", "pictures", "content"),
+    [
+        ("Hi", 0, ["Hi"]),
+        ("Hi", 2, [None, None, "Hi"]),
+        ("A <image> or <image>?", 2, ["A ", None, " or ", None, "?"]),
+        ("<image>\nHi", 1, [None, "\nHi"]),
+    ],
+)
+def test_pictures_stand_where_the_question_says(text, pictures, content):
+    parts = chat.make_message("user", text, pictures)["content"]
+    assert parts == [{"type": "text", "text": text} if text else {"type": "image"} for text in content]
+
+
 def talk(monkeypatch, capsys, lines, *flags):
     """Run the recipe with these lines on standard input; returns the answers and the notes beside them."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))

@@ -376,6 +376,23 @@ def test_a_question_is_asked_with_the_ids_that_training_used(placement):
         assert asked == batch["input_ids"][0, :start].tolist()
 
 
+@pytest.mark.parametrize(
+    ("template", "flags", "question"),
+    [
+        ("vicuna_v1", [], "A  or ?"),
+        ("vicuna_v1_keep", [], "A <image> or <image>?"),
+        ("vicuna_v1_keep", ["--placement", "front"], "A  or ?"),
+    ],
+)
+def test_pictures_are_placed_as_the_checkpoints_template_does(template, flags, question, tmp_path):
+    checkpoint = tiny.save_checkpoint(tmp_path / "model", chat_template_path(template).read_text(encoding="utf-8"))
+    data = write_lessons(tmp_path, [(["red", "blue"], ["?", "Red."])])
+    data.write_text(data.read_text().replace(json.dumps("<image>\n<image>\n?"), json.dumps("A <image> or <image>?")))
+    [record], summary = run(checkpoint, data, tmp_path / "answers.jsonl", "--max_new_tokens", 1, *flags)
+    assert record["question"] == question
+    assert summary["settings"]["placement"] == ("keep" if "<image>" in question else "front")
+
+
 def test_an_existing_output_is_not_overwritten_unasked(random_checkpoint, data, tmp_path):
     output = tmp_path / "answers.jsonl"
     output.write_text("precious")

@@ -1,0 +1,108 @@
+"""Stage 2 with several pictures a row: any number of them, none included, where `<image>` stands in the conversation.
+
+Trains: multi_modal_projector, language_model; with --train_vision_tower the vision tower too, up to the layer whose
+        features are used.
+Frozen: vision_tower.
+Data:   LLaVA JSON or a dataset with `messages` and `images`; rows with no, one and several pictures share batches.
+
+    python recipes/sft_multi_image.py --model_name_or_path llava-hf/llava-interleave-qwen-0.5b-hf \
+        --dataset_name data/train.json --max_images 8
+    accelerate launch recipes/sft_multi_image.py --model_name_or_path llava-hf/llava-onevision-qwen2-7b-ov-hf \
+        --config recipes/multi_image_onevision.yaml --dataset_name data/train.json
+
+--placement keep (default) leaves each picture where it stands, by a chat template that is saved with the checkpoint;
+front puts those of a turn ahead of its text, as LLaVA-1.5 and the released templates do (docs/labels.md says when).
+From LLaVA-1.5: --config recipes/multi_image_llava_1_5.yaml. By adapters: sft_qlora.py --placement keep.
+Measured: not measured yet on a GPU (on digits: recipes/quickstart.py).
+"""
+
+from dataclasses import dataclass, field
+
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from _arguments import LlavaScriptArguments, load_datasets, recipe_parser
+from _parts import train_only
+from _processor import prepare_processor
+from _trainer import LlavaTrainer, stop_token_ids
+from collators import LlavaDataCollator
+
+# The rate of LLaVA-OneVision's last stage (its finetune_ov.sh); a global batch of 128 rows = 4 a device × 4
+# accumulated × 8 GPUs (there 256).
+RECIPE = dict(
+    output_dir="outputs/llava-multi-image",
+    placement="keep",
+    num_train_epochs=1,
+    per_device_train_batch_size=4,
+    gradient_accumulation_steps=4,
+    learning_rate=1e-5,
+    lr_scheduler_type="cosine",
+    warmup_steps=0.03,  # a share of all steps
+    max_length=8192,  # eleven pictures of 729 tokens, llava-interleave-qwen's
+    dataloader_num_workers=4,
+    remove_unused_columns=False,  # keeps `id`, by which errors name a row
+    save_strategy="steps",
+    save_steps=500,
+    save_total_limit=2,
+)
+
+
+@dataclass
+class Arguments(LlavaScriptArguments):
+    train_vision_tower: bool = field(default=False, metadata={"help": "Train the vision tower too."})
+
+
+def make_parser():
+    return recipe_parser(RECIPE, Arguments)
+
+
+def main(argv=None):
+    script_args, training_args, model_args = make_parser().parse_args_and_config(argv)
+    if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
+        raise ValueError("this recipe trains whole parts: drop --use_peft and --load_in_*bit, or take sft_qlora.py")
+
+    processor = AutoProcessor.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+    )
+    prepare_processor(processor, script_args, training_args)
+    model = AutoModelForImageTextToText.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=training_args.trust_remote_code,
+        attn_implementation=model_args.attn_implementation,
+        dtype=model_args.dtype,
+    )
+    vision_tower = ["vision_tower"] if script_args.train_vision_tower else []
+    train_only(model, ["multi_modal_projector", "language_model", *vision_tower])
+
+    train_dataset, eval_dataset = load_datasets(script_args, training_args)
+    collator = LlavaDataCollator(
+        processor,
+        train_on=script_args.train_on,
+        max_length=training_args.max_length,
+        max_images=script_args.max_images,
+        placement=script_args.placement,
+        overlong=script_args.overlong,
+        stop_token_ids=stop_token_ids(model, processor),
+        pad_to_multiple_of=training_args.pad_to_multiple_of,
+    )
+    trainer = LlavaTrainer(
+        model=model,
+        args=training_args,
+        data_collator=collator,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+    )
+    if training_args.dry_run:
+        return trainer.dry_run()
+    trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    trainer.save_model()
+    trainer.save_state()
+    trainer.accelerator.wait_for_everyone()  # the first process may still be writing
+    trainer.end()
+
+
+if __name__ == "__main__":
+    main()
