@@ -54,7 +54,7 @@ def training_chat_template(processor, path: str | Path | None = None, *, placeme
                 "tokenizer; a processor needs the file.)"
             )
         template = Path(path).read_text(encoding="utf-8")
-        return _refuse_moving(processor, template, f"--chat_template_path {path}") if placement == "keep" else template
+        return _refuse_moving(processor, template, f"{path}") if placement == "keep" else template
     template = processor.chat_template
     if not isinstance(template, str):
         found = f"has several chat templates ({', '.join(template)})" if template else "has no chat template"
@@ -68,7 +68,7 @@ def training_chat_template(processor, path: str | Path | None = None, *, placeme
     twins = {name: _read(name) for name in ([family, KEEP_TWINS[family]] if family else [])}
     if family and (template in twins.values() or not _trains_a_stop_token(processor, template)):
         return twins[family if placement == "front" else KEEP_TWINS[family]]
-    return _refuse_moving(processor, template, "the checkpoint's") if placement == "keep" else template
+    return _refuse_moving(processor, template, "the checkpoint's chat template") if placement == "keep" else template
 
 
 def tag_images(processor, template: str, image_tag_format: str) -> str:
@@ -111,7 +111,7 @@ def _refuse_moving(processor, template: str, whose: str) -> str:
     family = _family(processor, template)
     twin = f"its twin {chat_template_path(KEEP_TWINS[family])}" if family else "one that renders the parts in order"
     raise ValueError(
-        f"--placement keep: {whose} chat template renders the pictures of a turn before its text. Pass "
+        f"--placement keep: {whose} renders the pictures of a turn before its text. Pass "
         f"--chat_template_path with {twin}, or --placement front."
     )
 

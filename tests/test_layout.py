@@ -92,3 +92,12 @@ def test_requirements_are_pinned_exactly():
     assert lines[-1] == "-e ."
     assert all(re.fullmatch(r"[a-z0-9-]+==[0-9.]+", line) for line in lines[:-1])
     assert "torch==2.13.0" in lines
+
+
+def test_one_torchvision_is_pinned():
+    """The one that belongs to the pinned torch: in the extra that users install, and in the Makefile for the tests."""
+    pins = [
+        re.findall(r"torchvision==[0-9.]+", (ROOT / name).read_text(encoding="utf-8"))
+        for name in ("pyproject.toml", "Makefile")
+    ]
+    assert pins[0] == pins[1] == ["torchvision==0.28.0"]

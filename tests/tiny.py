@@ -6,6 +6,7 @@ Sizes: 16-pixel pictures, 8-pixel patches, so a picture is 4 image tokens; hidde
 import copy
 import json
 from functools import cache
+from importlib.util import find_spec
 
 import torch
 from PIL import Image
@@ -19,6 +20,8 @@ from transformers import (
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaNextProcessor,
+    LlavaOnevisionConfig,
+    LlavaOnevisionForConditionalGeneration,
     LlavaProcessor,
     MistralConfig,
     PreTrainedTokenizerFast,
@@ -169,13 +172,21 @@ def make_tokenizer(kind: str = "byte", **overrides):
     return tokenizer
 
 
+# The classes whose processors can be made here: LLaVA-OneVision's needs torchvision, which the suite's second run has.
+KINDS = ["llava", "vipllava", "llava_next", *(["llava_onevision"] if find_spec("torchvision") else [])]
 COLORS = ["red", "green", "blue", "white", "black", "yellow"]
 PINPOINTS = [[16, 32], [32, 16], [32, 32]]
 
 
-def make_processor(chat_template: str = LLAVA_1_5, tokenizer: str = "byte", kind: str = "llava", **overrides):
-    """The processor of a class for 16-pixel tiles in 8-pixel patches: 4 image tokens each (LlavaNext: more)."""
-    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+def make_processor(
+    chat_template: str = LLAVA_1_5, tokenizer: str = "byte", kind: str = "llava", tower: str = "clip", **overrides
+):
+    """The processor of a class for 16-pixel tiles in 8-pixel patches: 4 image tokens each (anyres classes: more)."""
+    tokenizer = make_tokenizer(tokenizer, **overrides)
+    square = {"height": 16, "width": 16}
+    if kind == "llava_onevision":
+        return make_onevision_processor(tokenizer, chat_template, square)
+    size = {"size": {"shortest_edge": 16}, "crop_size": square}
     if kind == "llava_next":
         processor, image_processor = (
             LlavaNextProcessor,
@@ -185,10 +196,26 @@ def make_processor(chat_template: str = LLAVA_1_5, tokenizer: str = "byte", kind
         processor, image_processor = LlavaProcessor, LlavaImageProcessorPil(do_pad=True, **size)
     return processor(
         image_processor,
-        make_tokenizer(tokenizer, **overrides),
+        tokenizer,
         patch_size=8,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy="default" if tower == "clip" else "full",
+        num_additional_image_tokens=1 if tower == "clip" else 0,
+        chat_template=chat_template,
+    )
+
+
+def make_onevision_processor(tokenizer, chat_template: str, square: dict):
+    # Its video processor needs torchvision.
+    from transformers import LlavaOnevisionProcessor, LlavaOnevisionVideoProcessor
+    from transformers.models.llava_onevision.image_processing_llava_onevision import LlavaOnevisionImageProcessor
+
+    tokenizer.add_tokens(["<video>"], special_tokens=True)
+    return LlavaOnevisionProcessor(
+        LlavaOnevisionImageProcessor(size=square, image_grid_pinpoints=PINPOINTS),
+        tokenizer,
+        LlavaOnevisionVideoProcessor(size=square),
+        num_image_tokens=IMAGE_TOKENS,
+        vision_feature_select_strategy="full",
         chat_template=chat_template,
     )
 
@@ -214,13 +241,13 @@ def vision_config(kind: str):
     return {"clip": CLIPVisionConfig, "siglip": SiglipVisionConfig}[kind](**sizes)
 
 
-def make_model(processor, kind: str = "llava", text: str = "llama", seed: int = 0):
-    """A random model of the class `kind` (`llava`, `vipllava` or `llava_next`) in float32."""
+def make_model(processor, kind: str = "llava", text: str = "llama", seed: int = 0, tower: str = "clip"):
+    """A random model of the class `kind` in float32: `llava`, `vipllava`, `llava_next` or `llava_onevision`."""
     tokenizer = processor.tokenizer
     torch.manual_seed(seed)
     common = dict(
         text_config=text_config(text, len(tokenizer)),
-        vision_config=vision_config("clip"),
+        vision_config=vision_config(tower),
         image_token_index=processor.image_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
@@ -228,17 +255,32 @@ def make_model(processor, kind: str = "llava", text: str = "llama", seed: int = 
         model = VipLlavaForConditionalGeneration(VipLlavaConfig(vision_feature_layers=[-2, -3], **common))
     elif kind == "llava_next":
         model = LlavaNextForConditionalGeneration(LlavaNextConfig(image_grid_pinpoints=PINPOINTS, **common))
+    elif kind == "llava_onevision":
+        common["vision_config"] = vision_config("siglip")  # it has no way to leave a class token out
+        common["video_token_index"] = getattr(processor, "video_token_id", tokenizer.unk_token_id)
+        model = LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(image_grid_pinpoints=PINPOINTS, **common))
     else:
+        if tower == "siglip":  # it has no class token; llava-interleave-qwen reads its last layer
+            common |= dict(vision_feature_layer=-1, vision_feature_select_strategy="full")
         model = LlavaForConditionalGeneration(LlavaConfig(image_seq_length=IMAGE_TOKENS, **common))
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model.eval()
 
 
-def save_checkpoint(path, chat_template: str = LLAVA_1_5, kind: str = "llava", tokenizer: str = "byte", **kwargs):
+def save_checkpoint(
+    path,
+    chat_template: str = LLAVA_1_5,
+    kind: str = "llava",
+    tokenizer: str = "byte",
+    tower: str = "clip",
+    text: str = "llama",
+    seed: int = 0,
+    **overrides,
+):
     """Write a tiny checkpoint (model + processor) as `from_pretrained` finds one on the hub; returns its path."""
-    processor = make_processor(chat_template, tokenizer, kind)
-    make_model(processor, kind, **kwargs).save_pretrained(path)
+    processor = make_processor(chat_template, tokenizer, kind, tower, **overrides)
+    make_model(processor, kind, text, seed, tower).save_pretrained(path)
     processor.save_pretrained(path)
     return str(path)
 

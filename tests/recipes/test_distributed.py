@@ -270,7 +270,7 @@ def test_the_wrapped_layers_are_those_of_the_live_model(kind, text, names):
 
 
 @pytest.mark.parametrize("wrapped", [False, True], ids=["bare", "PEFT"])
-@pytest.mark.parametrize("kind", ["llava", "vipllava", "llava_next"])
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_blank_picture_changes_nothing_but_reaches_all_that_a_picture_does(kind, wrapped):
     processor = tiny.make_processor(kind=kind)
     model = tiny.make_model(processor, kind)

@@ -19,10 +19,6 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
-    LlavaNextConfig,
-    LlavaNextForConditionalGeneration,
-    LlavaOnevisionConfig,
-    LlavaOnevisionForConditionalGeneration,
     PhiConfig,
     SwinConfig,
 )
@@ -37,15 +33,8 @@ RATES = dict.fromkeys(PARTS, 2e-5)
 
 
 def make_model(kind, seed=0):
-    if kind in ("llava", "vipllava"):
-        return tiny.make_model(tiny.make_processor(), kind, seed=seed)
-    torch.manual_seed(seed)
-    common = dict(image_token_index=4, image_grid_pinpoints=[[16, 32], [32, 16]])
-    if kind == "llava_next":
-        parts = dict(vision_config=tiny.vision_config("clip"), text_config=tiny.text_config("mistral", 360))
-        return LlavaNextForConditionalGeneration(LlavaNextConfig(**parts, **common))
-    parts = dict(vision_config=tiny.vision_config("siglip"), text_config=tiny.text_config("qwen2", 360))
-    return LlavaOnevisionForConditionalGeneration(LlavaOnevisionConfig(**parts, **common))
+    text = {"llava_next": "mistral", "llava_onevision": "qwen2"}.get(kind, "llama")
+    return tiny.make_model(tiny.make_processor(), kind, text, seed)
 
 
 def cells(table):

@@ -7,7 +7,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration
 
 import tiny
 from _parts import find_part, part_of
@@ -37,12 +36,7 @@ LLAVA_KEYS = {
 
 
 def make_model(kind, seed=0):
-    if kind != "llava_onevision":
-        return tiny.make_model(tiny.make_processor(), kind, seed=seed)
-    torch.manual_seed(seed)
-    parts = dict(vision_config=tiny.vision_config("siglip"), text_config=tiny.text_config("qwen2", 360))
-    config = LlavaOnevisionConfig(image_token_index=4, image_grid_pinpoints=[[16, 32], [32, 16]], **parts)
-    return LlavaOnevisionForConditionalGeneration(config)
+    return tiny.make_model(tiny.make_processor(), kind, seed=seed)
 
 
 def projector_of(model):

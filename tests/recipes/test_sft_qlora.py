@@ -31,7 +31,6 @@ METHODS = {
     "QLoRA + tower": ["--lora_vision_tower"],
     "LoRA, projector frozen": ["--load_in_4bit", "False", "--freeze_projector"],
 }
-KINDS = ["llava", "vipllava", "llava_next"]
 ATTENTION, MLP = {"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}
 LAYERS = ATTENTION | MLP
 TOWER = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "mlp.fc1", "mlp.fc2")
@@ -70,7 +69,7 @@ def adapters(model) -> dict[str, torch.nn.Module]:
 # Where the adapters stand, and what is quantised
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_the_live_modules_are_what_the_part_table_says(method, kind, base, data, tmp_path, run):
     flags = METHODS[method]
@@ -78,8 +77,9 @@ def test_the_live_modules_are_what_the_part_table_says(method, kind, base, data,
 
     blocks = {*(f"self_attn.{name}" for name in ATTENTION), *(f"mlp.{name}" for name in MLP)}
     expected = {f"model.language_model.layers.{layer}.{name}" for layer in (0, 1) for name in blocks}
-    if "--lora_vision_tower" in flags:  # three layers; the features are those of the second to last hidden state
-        expected |= {f"model.vision_tower.encoder.layers.{layer}.{name}" for layer in (0, 1) for name in TOWER}
+    towers = 3 if kind == "llava_onevision" else 2  # of three layers; it reads the last hidden state, the others -2
+    if "--lora_vision_tower" in flags:
+        expected |= {f"model.vision_tower.encoder.layers.{layer}.{name}" for layer in range(towers) for name in TOWER}
     found = adapters(model)
     assert found.keys() == expected
     assert {module.r["default"] for name, module in found.items() if "language_model" in name} == {4}
@@ -106,7 +106,7 @@ def test_the_live_modules_are_what_the_part_table_says(method, kind, base, data,
     table = part_table(model, {"vision_tower": 1, "multi_modal_projector": 1, "language_model": 1})
     columns = [list(column.cells) for column in table.columns]
     assert columns[4][:3] == ["no", "no", "no" if "--load_in_4bit" in flags else "4-bit"]
-    assert columns[5][:3] == ["12" if "--lora_vision_tower" in flags else "0", "0", "14"]
+    assert columns[5][:3] == [str(6 * towers) if "--lora_vision_tower" in flags else "0", "0", "14"]
 
 
 def test_frozen_parts_keep_bfloat16_and_what_trains_is_float32(base, data, tmp_path, run):
@@ -368,7 +368,7 @@ def test_bitsandbytes_optimizers_and_neftune(optimizer, base, data, tmp_path):
     assert noisy[1] != losses(tmp_path / "plain")[1]
 
 
-PRESETS = sorted(Path(sft_qlora.__file__).parent.glob("*.yaml"))
+PRESETS = sorted(Path(sft_qlora.__file__).parent.glob("qlora_*.yaml"))
 
 
 def test_there_are_presets():
@@ -376,7 +376,7 @@ def test_there_are_presets():
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", tiny.KINDS)
 def test_a_preset_trains_every_class(kind, path, base, data, tmp_path, run):
     flags = command("sft_qlora", base(kind), data, tmp_path, "--config", str(path), "--max_steps", "1")
     del flags[flags.index("--per_device_train_batch_size") : flags.index("--per_device_train_batch_size") + 2]

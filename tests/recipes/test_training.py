@@ -31,7 +31,7 @@ RECIPES = {"pretrain_projector": pretrain_projector, "sft_full": sft_full}
 # What trains, and what is left on disk
 
 
-@pytest.mark.parametrize("kind", ["llava", "vipllava", "llava_next"])
+@pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize(
     ("recipe", "parts"),
     [("pretrain_projector", {"multi_modal_projector"}), ("sft_full", {"multi_modal_projector", "language_model"})],
@@ -131,7 +131,7 @@ def test_the_logged_loss_is_the_mean_over_the_answers_alone(base, data, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["llava", "vipllava", "llava_next"])
+@pytest.mark.parametrize("kind", tiny.KINDS)
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 def test_killed_and_resumed_equals_uninterrupted(recipe, kind, base, data, tmp_path):
     """SIGKILL of the real process; stock Trainer resumes a Llava from its base weights (transformers#43701)."""
