@@ -46,7 +46,7 @@ def training_chat_template(processor, path: str | Path | None = None, *, placeme
     """
     if placement not in PLACEMENT:
         raise ValueError(f"placement={placement!r}: expected one of {', '.join(map(repr, PLACEMENT))}")
-    example = f"for example {chat_template_path('vicuna_v1')}"
+    example = f"for example {chat_template_path('vicuna_v1' if placement == 'front' else KEEP_TWINS['vicuna_v1'])}"
     if path is not None:
         if not (Path(path).is_file() and Path(path).suffix in (".jinja", ".j2")):
             raise ValueError(
@@ -106,7 +106,10 @@ def tag_images(processor, template: str, image_tag_format: str) -> str:
 
 
 def _refuse_moving(processor, template: str, whose: str) -> str:
-    if not moves_pictures(processor, template):
+    try:
+        if not moves_pictures(processor, template):
+            return template
+    except (TemplateError, TypeError):  # it does not render such a turn at all, which the collator says better
         return template
     family = _family(processor, template)
     twin = f"its twin {chat_template_path(KEEP_TWINS[family])}" if family else "one that renders the parts in order"

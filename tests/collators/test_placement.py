@@ -171,6 +171,13 @@ def test_a_template_that_moves_pictures_is_refused_with_its_twins_name(tmp_path)
         training_chat_template(tiny.make_processor(), placement="back")
 
 
+def test_what_cannot_be_rendered_is_left_to_the_collator():
+    text_only = "{% for m in messages %}{{ 'Q: ' + m['content'] }}{% endfor %}"
+    assert training_chat_template(tiny.make_processor(text_only), placement="keep") == text_only
+    with pytest.raises(ValueError, match="leaves every question out: .* for example .*vicuna_v1_keep.jinja"):
+        training_chat_template(tiny.make_processor(twin("plain")), placement="keep")
+
+
 def test_stage_ones_template_moves_nothing():
     collator = LlavaDataCollator(tiny.make_processor(twin("plain")), placement="keep")
     assert not collator.moves_pictures
