@@ -1,15 +1,16 @@
-"""Rows for a collator, from LLaVA JSON or JSONL files or from datasets that already have `messages`.
+"""Rows for a collator, from JSON and JSONL files in LLaVA's or another trainer's shape, and from datasets.
 
 A file is checked row by row when it is first read, then kept as an Arrow file in the cache of `datasets`. Pictures
-stay paths (or undecoded bytes) until a collator opens them. docs/data_format.md has the formats and every error.
+stay paths (or undecoded bytes) until a collator opens them. What a row's keys mean is in `row_shapes.py`;
+docs/data_format.md has the formats and every error.
 """
 
-import difflib
 import json
 import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import islice
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import TextIO
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from datasets import (
     Dataset,
     DatasetDict,
@@ -31,38 +34,31 @@ from datasets import (
     NamedSplit,
     ReadInstruction,
     Value,
+    concatenate_datasets,
     load_dataset,
     load_from_disk,
 )
 from datasets.fingerprint import Hasher
 from filelock import FileLock
 
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-# Where a text is split. Templates that put pictures in front write a newline of their own behind each, so one that
-# touches a marker goes with it (the one behind before the one in front). Kept in place, all text is the user's.
-MARKERS = {"front": re.compile(r"<image>\n|\n<image>(?!\n)|<image>"), "keep": re.compile("<image>")}
+from collators.row_shapes import MARKERS, BadRow, RowReader, Shape, find_shape
+
 # Columns that people write instead of `image`; without this list a row would pass as text-only.
 PICTURE_TYPOS = {
     *("img", "imgs", "iamge", "imag", "imge", "imges", "pic", "pics", "picture", "pictures", "photo", "photos"),
     *("image_path", "image_paths", "image_file", "image_files", "img_path", "img_paths", "imagepath", "imagepaths"),
 }
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
-READ_HERE = {"conversations", "image", "images"}
-TURN_KEYS = {"from", "value"}
 BLANKS = re.compile(r"[ \t\r\n]*")
 
-CACHE_FORMAT = 1  # part of the cache key: raise it whenever the same file must give other rows than before
+CACHE_FORMAT = 2  # part of the cache key: raise it whenever the same file must give other rows than before
 ERRORS_SHOWN = 5
 STREAM_PEEK = 1000  # rows that tell a stream its columns
 # Rows are turned into Arrow before Python's garbage collector counts them as old: 1000 at once take 1.6 times as long.
 ROWS_AT_ONCE = 100
 ROWS_PER_CHUNK = 1000  # as `datasets` writes; opening a file maps some of each chunk into memory
+ROWS_OF_PICTURES = 100  # of a Parquet file at once: a row group of 1000 photographs is a gigabyte
 BLOCK = 1 << 20  # characters
-
-
-class _BadRow(ValueError):
-    def __init__(self, found: str, expected: str, remedy: str):
-        super().__init__(f"found {found}; expected {expected}. {remedy}.")
 
 
 def load_rows(
@@ -76,7 +72,7 @@ def load_rows(
 ) -> Dataset | IterableDataset:
     """Load training rows with the columns `messages`, `images` and whatever other columns the data has.
 
-    A `.json` file (a list of objects) or a `.jsonl` file (an object a line) is LLaVA data: `conversations` of
+    A `.json` file (a list of objects) or a `.jsonl` file (an object a line) holds LLaVA's rows: `conversations` of
     `from`/`value` turns and `image` or `images`, each a path or a list of paths; neither in a text-only row. A row
 
         {"id": 7, "image": "7.png", "conversations": [{"from": "human", "value": "<image>\\nWhich digit?"},
@@ -89,6 +85,10 @@ def load_rows(
                    {"role": "assistant", "content": [{"type": "text", "text": "Seven."}]}]
         images    ["/data/7.png"]
         id        7
+
+    The rows may have the shape of another trainer instead, told by their keys, the same in the whole file: `messages`
+    with `images` (LLaMA-Factory, ms-swift, TRL), `prompt` and `completion` (TRL), or `query`, `response` and `history`
+    (ms-swift). In each, a string in `system` is the system turn. docs/from_other_trainers.md shows them all.
 
     An image part stands where `<image>` stood; empty text parts are dropped. With `placement="front"` one newline that
     touches a marker belongs to it (the one behind, else the one in front: templates that render pictures first put it
@@ -107,44 +107,53 @@ def load_rows(
     The first 1000 rows give the names of the columns, all of type `datasets.Json`; a column that comes later is left
     out with a warning. A bad row raises when the stream reaches it.
 
-    Anything else must have `messages`, with string or list contents, and passes through: a hub dataset id, a folder
-    that `datasets.load_dataset` reads, or one that `save_to_disk` wrote. Pictures of the type `datasets.Image` arrive
-    undecoded, as {"bytes", "path"}, so that whoever opens a broken one can name it. A single `image` becomes `images`
-    of one, and a dataset without pictures gets empty `images`; without `streaming` both write a copy to the cache.
+    Anything else is a dataset: a `.parquet` file, a hub id, a folder that `datasets.load_dataset` reads, or one that
+    `save_to_disk` wrote. With `messages`, of string or list contents, it passes through; with the columns of another
+    shape `messages` takes their place, and without `streaming` is kept in the cache. Pictures of the type
+    `datasets.Image` arrive undecoded, as {"bytes", "path"}, so that whoever opens a broken one can name it, and raw
+    bytes as bytes. A single `image` becomes `images` of one, and a dataset without pictures gets empty `images`;
+    without `streaming` both write a copy to the cache.
 
     Args:
         path: the file, folder or hub id.
-        image_folder: for a file; where relative picture paths start. Default: the folder of the file.
+        image_folder: for a JSON file; where relative picture paths start. Default: the folder of the file.
         split: the split of a dataset, or a slice such as "train[:90%]". A file is one split under any name and can be
             sliced unless it is streamed; so is a folder saved from a single `Dataset`, which cannot be sliced.
         name: the configuration of a hub dataset.
         streaming: return an `IterableDataset`.
-        placement: for a file; what the collator is given: `"front"` if pictures go before a turn's text, `"keep"` if
-            they stay where they stand in it. Rows that have `messages` already pass through unchanged with both.
+        placement: what the collator is given: `"front"` if pictures go before a turn's text, `"keep"` if they stay
+            where they stand in it. Datasets that have `messages` already pass through unchanged with both.
 
     Raises:
         ValueError: rows that cannot be used (five of them with file, row, found, expected and remedy, and how many
-            more); a file that is empty or not UTF-8; a dataset without `messages`; an option that `path` cannot have,
-            or a `placement` outside its set.
+            more; of a dataset up to the thousand rows with the first one); a file that is empty, not UTF-8 or not
+            Parquet; a dataset of no known shape, or of paths; an option that `path` cannot have, or a `placement`
+            outside its set.
         FileNotFoundError: there is no such file.
     """
     if placement not in MARKERS:
         raise ValueError(f"placement={placement!r}: expected one of {', '.join(map(repr, MARKERS))}")
     path = os.fspath(path)
-    if path.lower().endswith((".json", ".jsonl")):
+    is_json = path.lower().endswith((".json", ".jsonl"))
+    if is_json or path.lower().endswith(".parquet"):
         if name is not None:
             raise ValueError(f"{path}: found name={name!r}; a file has no configurations. Leave it out.")
+        if streaming and "[" in split:
+            raise ValueError(f"{path}: found split={split!r}; a stream has no slices. Load it without streaming.")
+    elif os.path.isfile(path):
+        raise ValueError(
+            f"{path}: found a file; expected .json, .jsonl, .parquet, a folder or a hub id. Convert or rename it."
+        )
+    if is_json:
         path = os.path.abspath(path)
         folder = os.path.abspath(image_folder or os.path.dirname(path))
         return (_stream_file if streaming else _load_file)(path, folder, placement, split)
     if image_folder is not None:
         raise ValueError(
             f"{path}: found image_folder={os.fspath(image_folder)!r}; expected it with a .json or .jsonl file alone, "
-            "since a dataset holds its own pictures. Leave it out, or pass the path of the LLaVA file."
+            "since a dataset holds its own pictures. Leave it out, or pass the path of the JSON file."
         )
-    if os.path.isfile(path):
-        raise ValueError(f"{path}: found a file; expected .json, .jsonl, a folder or a hub id. Convert or rename it.")
-    return _load_messages(path, name, split, streaming)
+    return _load_dataset(path, name, split, streaming, placement)
 
 
 def _load_file(path: str, folder: str, placement: str, split: str) -> Dataset:
@@ -190,34 +199,35 @@ def _write(rows: Iterator[dict], features: Features, target: Path) -> None:
 
 
 def _stream_file(path: str, folder: str, placement: str, split: str) -> IterableDataset:
-    if "[" in split:
-        raise ValueError(f"{path}: found split={split!r}; a stream has no slices. Load it without streaming.")
-    peek = [record for record in islice(_records(path), STREAM_PEEK) if isinstance(record, dict)]
-    features = _features({name: Json() for record in peek for name in record if name not in READ_HERE})
+    names: dict[str, None] = {}
+    for record in islice(_records(path), STREAM_PEEK):
+        if isinstance(record, dict):
+            with suppress(BadRow):  # raised when the stream reaches it
+                columns = find_shape(record).columns
+                names |= dict.fromkeys(name for name in record if name not in columns)
+    features = _features({name: Json() for name in names})
     kwargs = {"path": path, "folder": folder, "placement": placement, "features": features}
     return IterableDataset.from_generator(_rows, features=features, gen_kwargs=kwargs, split=NamedSplit(split))
 
 
 def _check(path: str, folder: str, placement: str) -> Features:
     """Parse the whole file; raise one error for its bad rows, or return the features of its rows."""
-    is_file = _file_finder()
+    reader, is_file = RowReader(placement), _file_finder()
     types: dict[str, set[type]] = {}
     errors, bad = [], 0
     for row, record in enumerate(_records(path)):
         try:
-            _parse_row(record, folder, placement, is_file)
-        except _BadRow as error:
+            _parse_row(record, folder, reader, is_file)
+        except BadRow as error:
             bad += 1
             if bad <= ERRORS_SHOWN:
                 errors.append(_describe(path, row, record, error))
             continue
         for name in record:
-            if name not in READ_HERE:
+            if name not in reader.shape.columns:
                 types.setdefault(name, set()).add(type(record[name]))
-    if bad > ERRORS_SHOWN:
-        errors.append(f"and {bad - ERRORS_SHOWN} more")
     if bad:
-        raise ValueError("\n".join([f"{bad} of {row + 1} rows cannot be used:", *errors]))
+        raise _cannot_use(bad, f"{row + 1}", errors)
     return _features({name: _column_feature(seen - {type(None)}) for name, seen in types.items()})
 
 
@@ -232,7 +242,12 @@ def _column_feature(types: set[type]):
     return Value(simple[types.pop()]) if len(types) == 1 and types <= simple.keys() else Json()
 
 
-def _describe(path: str, row: int, record: object, error: _BadRow) -> str:
+def _cannot_use(bad: int, rows: str, errors: list[str]) -> ValueError:
+    more = [f"and {bad - len(errors)} more"] if bad > len(errors) else []
+    return ValueError("\n".join([f"{bad} of {rows} rows cannot be used:", *errors, *more]))
+
+
+def _describe(path: str, row: int, record: object, error: BadRow) -> str:
     known = isinstance(record, dict) and record.get("id") is not None
     return f"{path}, row {row}" + (f" (id {record['id']!r})" if known else "") + f": {error}"
 
@@ -254,15 +269,16 @@ def _file_finder() -> Callable[[str], bool]:
 
 
 def _rows(path: str, folder: str, placement: str, features: Features, is_file: Callable[[str], bool] = os.path.isfile):
+    reader = RowReader(placement)
     as_json = {name for name, feature in features.items() if isinstance(feature, Json)}
     for row, record in enumerate(_records(path)):
         try:
-            messages, images = _parse_row(record, folder, placement, is_file)
-        except _BadRow as error:
+            messages, images = _parse_row(record, folder, reader, is_file)
+        except BadRow as error:
             raise ValueError(_describe(path, row, record, error)) from None
         columns = {}
         for name, value in record.items():
-            if name in READ_HERE:
+            if name in reader.shape.columns:
                 continue
             if name not in features:
                 warnings.warn(f"{path}: column {name!r} is left out: no row up to {STREAM_PEEK} has it", stacklevel=2)
@@ -275,7 +291,7 @@ def _rows(path: str, folder: str, placement: str, features: Features, is_file: C
 
 
 def _records(path: str) -> Iterator:
-    """Yield the JSON value of each row, or a `_BadRow` where there is none, holding one block of text at a time."""
+    """Yield the JSON value of each row, or a `BadRow` where there is none, holding one block of text at a time."""
     read = _read_lines if path.lower().endswith(".jsonl") else _read_list
     # Not a global: `datasets` pickles the globals of a pasted cell, and a decoder cannot be pickled.
     decoder = json.JSONDecoder(parse_int=_int64, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
@@ -351,7 +367,7 @@ def _decode(decoder: json.JSONDecoder, text: str, at: int) -> tuple[object, int]
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start].encode("unicode_escape").decode()
-            record = _BadRow(f"half a character, {half}", "whole Unicode characters", "Remove it from the text")
+            record = BadRow(f"half a character, {half}", "whole Unicode characters", "Remove it from the text")
     return record, end
 
 
@@ -373,119 +389,46 @@ def _int64(digits: str) -> int:
     return number
 
 
-def _broken_json(line: int, error: ValueError) -> _BadRow:
-    return _BadRow(
+def _broken_json(line: int, error: ValueError) -> BadRow:
+    return BadRow(
         f"broken JSON in line {line}: {getattr(error, 'msg', error)}",
         "a list of objects in a .json file, one object a line in a .jsonl file",
         "Correct the line, or the suffix of the file",
     )
 
 
-def _parse_row(record, folder: str, placement: str, is_file: Callable[[str], bool]) -> tuple[list[dict], list[str]]:
-    if isinstance(record, _BadRow):
+def _parse_row(record, folder: str, reader: RowReader, is_file: Callable[[str], bool]) -> tuple[list[dict], list[str]]:
+    if isinstance(record, BadRow):
         raise record
     if not isinstance(record, dict):
-        raise _BadRow(
+        raise BadRow(
             f"a row of type {type(record).__name__}",
             "an object",
             "Write one object a row; a file that is one list ends in .json",
         )
-    if "messages" in record:
-        raise _BadRow(
-            "the key 'messages'",
-            "'conversations' with 'from' and 'value'",
-            "Rename the keys; data in the messages format is loaded as a folder or hub dataset",
-        )
-    messages = _parse_turns(record, MARKERS[placement])
-    pictures = _parse_pictures(record)
-    markers = sum(part["type"] == "image" for message in messages for part in message["content"])
-    if markers != len(pictures):
-        raise _BadRow(
-            f"{markers} <image> in the human turns and {len(pictures)} in 'image' or 'images'",
-            "as many <image> as pictures",
-            "Write one <image> where each picture belongs, or name the missing picture",
-        )
-    pictures = [os.path.join(folder, picture) for picture in pictures]
+    pictures = [os.path.join(folder, picture) for picture in _parse_pictures(record)]
+    messages = reader(record, len(pictures))
     for picture in pictures:
         if not is_file(picture):
-            raise _BadRow(
+            raise BadRow(
                 f"no picture file at {picture}", "an existing file", f"Correct the path or --image_folder ({folder})"
             )
     return messages, pictures
 
 
-def _parse_turns(record: dict, marker: re.Pattern) -> list[dict]:
-    turns = record.get("conversations")
-    if turns is None:
-        close = difflib.get_close_matches("conversations", record, n=1, cutoff=0.8)
-        raise _BadRow(
-            f"the key {close[0]!r}" if close else f"the keys {list(record)}",
-            "the key 'conversations'",
-            "Rename the key" if close else "Give the row its conversation",
-        )
-    if not isinstance(turns, list):
-        raise _BadRow(f"'conversations' of type {type(turns).__name__}", "a list of turns", "Put the turns in a list")
-
-    messages = []
-    for number, turn in enumerate(turns):
-        if not isinstance(turn, dict):
-            raise _BadRow(
-                f"turn {number} of type {type(turn).__name__}", "an object", 'Write {"from": ..., "value": ...}'
-            )
-        if {key for key in turn if turn[key] is not None or key in TURN_KEYS} != TURN_KEYS:
-            raise _BadRow(
-                f"turn {number} with the keys {list(turn)}",
-                "'from' and 'value' alone",
-                "Rename or remove the keys; what belongs to the whole row may stand beside 'conversations'",
-            )
-        messages.append(_parse_turn(number, turn["from"], turn["value"], marker))
-
-    roles = [message["role"] for message in messages]
-    talk = roles[1:] if roles[:1] == ["system"] else roles
-    if not talk or talk != ["user", "assistant"] * (len(talk) // 2):
-        raise _BadRow(
-            f"the order {', '.join(turn['from'] for turn in turns)[:200] or 'of no turns'}",
-            "an optional system turn, then human and gpt in alternation, human first and gpt last",
-            "Remove or merge the turns that break the order",
-        )
-    return messages
-
-
-def _parse_turn(number: int, speaker, value, marker: re.Pattern) -> dict:
-    role = ROLES.get(speaker) if isinstance(speaker, str) else None
-    if role is None:
-        raise _BadRow(f"turn {number} from {speaker!r}", "human or user, gpt or assistant, or system", "Rename it")
-    if not isinstance(value, str):
-        raise _BadRow(
-            f"turn {number} with a value of type {type(value).__name__}", "a string", "Write the text in quotes"
-        )
-    texts = marker.split(value)
-    if len(texts) == 1:
-        return {"role": role, "content": [{"type": "text", "text": value}]}
-    if role != "user":
-        raise _BadRow(f"<image> in turn {number} ({speaker})", "<image> in human turns only", "Move or remove it")
-    content = []
-    for position, text in enumerate(texts):
-        if position:
-            content.append({"type": "image", "text": None})
-        if text:
-            content.append({"type": "text", "text": text})
-    return {"role": role, "content": content}
-
-
 def _parse_pictures(record: dict) -> list[str]:
     image, images = record.get("image"), record.get("images")
     if image is not None and images is not None:
-        raise _BadRow("both 'image' and 'images'", "one of them", "Put all pictures of the row in 'images'")
+        raise BadRow("both 'image' and 'images'", "one of them", "Put all pictures of the row in 'images'")
     given = images if image is None else image
     if given is None:
         typos = [key for key in record if key.lower() in PICTURE_TYPOS | {"image", "images"} and record[key]]
         if typos:
-            raise _BadRow(f"the key {typos[0]!r}", "the key 'image' or 'images'", "Rename the key")
+            raise BadRow(f"the key {typos[0]!r}", "the key 'image' or 'images'", "Rename the key")
         return []
     pictures = [given] if isinstance(given, str) else given
     if not isinstance(pictures, list) or not all(isinstance(picture, str) and picture for picture in pictures):
-        raise _BadRow(
+        raise BadRow(
             f"{'images' if image is None else 'image'!r}: {repr(given)[:80]}",
             "the path of a picture or a list of paths",
             "Write paths as strings, and null or nothing in a text-only row",
@@ -493,29 +436,20 @@ def _parse_pictures(record: dict) -> list[str]:
     return pictures
 
 
-def _load_messages(path: str, name: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
-    if any(os.path.isfile(os.path.join(path, marker)) for marker in ("state.json", "dataset_dict.json")):
-        rows = load_from_disk(path)
-        if "[" in split:
-            raise ValueError(f"{path}: found split={split!r}; a saved dataset has no slices. Use `Dataset.select`.")
-        if isinstance(rows, DatasetDict):
-            if split not in rows:
-                raise ValueError(
-                    f"{path}: found the splits {list(rows)}; expected {split!r} to be one. Pass its name."
-                )
-            rows = rows[split]
-        rows = rows.to_iterable_dataset() if streaming else rows
-    else:
-        rows = load_dataset(path, name, split=split, streaming=streaming)
-
+def _load_dataset(path: str, name: str | None, split: str, streaming: bool, placement: str):
+    rows = _open_dataset(path, name, split, streaming)
     features = rows.features.copy()
-    if "messages" not in features:
-        raise ValueError(
-            f"{path}: found the columns {list(features)}; expected 'messages' and 'images'. Where these are LLaVA "
-            "conversations, pass the path of their .json or .jsonl file."
-        )
+    try:
+        shape = None if "messages" in features else find_shape(features)
+    except BadRow as error:
+        raise ValueError(f"{path}: {error}") from None
     column = next((name for name in ("images", "image") if name in features), None)
     if column is not None:
+        if shape is not None and features[column] in (Value("string"), List(Value("string"))):
+            raise ValueError(
+                f"{path}: found paths in {column!r}; expected the pictures themselves, as bytes. Pass the path of the "
+                ".json or .jsonl file, whose folder or --image_folder says where relative paths start."
+            )
         features[column] = _undecoded(features[column])
         if streaming:
             rows = rows.cast_column(column, features[column])
@@ -524,11 +458,74 @@ def _load_messages(path: str, name: str | None, split: str, streaming: bool) -> 
             info = rows.info.copy()
             info.features = features
             rows = Dataset(rows.data, info=info, split=rows.split)
-    if column == "images" and isinstance(features["images"], List | LargeList):
-        return rows
-    images = features.pop(column, Value("string"))
-    features["images"] = images if isinstance(images, List | LargeList) else List(images)
-    return rows.map(partial(_wrap_images, column), remove_columns=column, features=features)
+    if column != "images" or not isinstance(features["images"], List | LargeList):
+        images = features.pop(column, Value("string"))
+        features["images"] = images if isinstance(images, List | LargeList) else List(images)
+        rows = rows.map(partial(_wrap_images, column), remove_columns=column, features=features)
+    return rows if shape is None else _read_messages(rows, shape, path, streaming, placement)
+
+
+def _open_dataset(path: str, name: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:
+    if path.lower().endswith(".parquet"):
+        try:
+            pq.read_schema(path)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{path}: found no Parquet file ({error}). Write or download it again.") from None
+        files = {split.partition("[")[0]: os.path.abspath(path)}
+        return load_dataset("parquet", data_files=files, split=split, streaming=streaming, batch_size=ROWS_OF_PICTURES)
+    if not any(os.path.isfile(os.path.join(path, marker)) for marker in ("state.json", "dataset_dict.json")):
+        return load_dataset(path, name, split=split, streaming=streaming)
+    rows = load_from_disk(path)
+    if "[" in split:
+        raise ValueError(f"{path}: found split={split!r}; a saved dataset has no slices. Use `Dataset.select`.")
+    if isinstance(rows, DatasetDict):
+        if split not in rows:
+            raise ValueError(f"{path}: found the splits {list(rows)}; expected {split!r} to be one. Pass its name.")
+        rows = rows[split]
+    return rows.to_iterable_dataset() if streaming else rows
+
+
+def _read_messages(rows, shape: Shape, path: str, streaming: bool, placement: str) -> Dataset | IterableDataset:
+    """Put `messages` in place of the columns of another shape. Pictures are neither decoded nor copied."""
+    taken = [name for name in rows.features if name in shape.columns - {"image", "images"}]
+    reader = RowReader(placement)
+    if streaming:
+        features = {"messages": MESSAGES, **{name: rows.features[name] for name in rows.features if name not in taken}}
+        read = partial(_read_row, path, reader)
+        return rows.map(read, with_indices=True, remove_columns=taken, features=Features(features))
+    # Their number is all that is needed of the pictures; the rest of the row is not read, nor written once more.
+    pictures = pc.fill_null(pc.list_value_length(rows.data["images"]), 0).to_numpy()
+    beside = rows.remove_columns(taken)
+    texts = rows.select_columns([name for name in rows.features if name in (*taken, "id", *shape.unread)])
+    messages = texts.map(
+        partial(_read_batch, path, reader, pictures),
+        batched=True,
+        with_indices=True,
+        remove_columns=texts.column_names,
+        features=Features({"messages": MESSAGES}),
+        new_fingerprint=Hasher.hash((CACHE_FORMAT, rows._fingerprint, placement)),
+    )
+    return concatenate_datasets([messages, beside], axis=1, split=rows.split)
+
+
+def _read_row(path: str, reader: RowReader, record: dict, row: int) -> dict:
+    try:
+        return {"messages": reader(record, len(record["images"] or []))}
+    except BadRow as error:
+        raise ValueError(_describe(path, row, record, error)) from None
+
+
+def _read_batch(path: str, reader: RowReader, pictures: np.ndarray, batch: dict, rows: list[int]) -> dict:
+    messages, errors = [], []
+    for row, values in zip(rows, zip(*batch.values(), strict=True), strict=True):
+        record = dict(zip(batch, values, strict=True))
+        try:
+            messages.append(reader(record, int(pictures[row])))
+        except BadRow as error:
+            errors.append(_describe(path, row, record, error))
+    if errors:
+        raise _cannot_use(len(errors), f"the first {rows[-1] + 1}", errors[:ERRORS_SHOWN])
+    return {"messages": messages}
 
 
 def _undecoded(feature):

@@ -25,7 +25,7 @@ class LlavaScriptArguments(ScriptArguments):
     eval_dataset_name: str | None = field(
         default=None,
         metadata={
-            "help": "LLaVA JSON file or dataset for evaluation. Default: --dataset_test_split of --dataset_name."
+            "help": "JSON or Parquet file or dataset for evaluation. Default: --dataset_test_split of --dataset_name."
         },
     )
     train_on: str = field(
@@ -87,9 +87,9 @@ def load_datasets(script_args: LlavaScriptArguments, training_args: LlavaSFTConf
         `(train_dataset, eval_dataset)`; the second is None without evaluation.
 
     Raises:
-        ValueError: Evaluation is asked for, the data is one split (a JSON file, a saved `Dataset`), and neither
-            `--eval_dataset_name` nor a slice such as `--dataset_test_split train[90%:]` of the file is given; or the
-            data is streamed and `--max_steps` is not.
+        ValueError: Evaluation is asked for, the data is one split (a JSON or Parquet file, a saved `Dataset`), and
+            neither `--eval_dataset_name` nor a slice such as `--dataset_test_split train[90%:]` of the file is given;
+            or the data is streamed and `--max_steps` is not.
     """
     options = {
         "image_folder": script_args.image_folder,
@@ -106,7 +106,7 @@ def load_datasets(script_args: LlavaScriptArguments, training_args: LlavaSFTConf
         return train, None
     if script_args.eval_dataset_name:
         return train, load_rows(script_args.eval_dataset_name, split=script_args.dataset_test_split, **options)
-    is_file = script_args.dataset_name.lower().endswith((".json", ".jsonl"))
+    is_file = script_args.dataset_name.lower().endswith((".json", ".jsonl", ".parquet"))
     is_single = Path(script_args.dataset_name, "state.json").is_file()
     if is_single or (is_file and "[" not in script_args.dataset_test_split):
         raise ValueError(

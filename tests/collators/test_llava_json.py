@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from collators import LlavaDataCollator, llava_json, load_rows, read_row, training_chat_template
+from collators.row_shapes import RowReader
 from tiny import make_processor, picture
 
 DOCS = Path(__file__).parents[2] / "docs" / "data_format.md"
@@ -142,7 +143,7 @@ TEXTS = st.lists(st.sampled_from(["<image>", "\n", "word", " ", "é", "<imag"]),
 
 
 def split(value, placement) -> list[dict]:
-    return llava_json._parse_turn(0, "human", value, llava_json.MARKERS[placement])["content"]
+    return RowReader(placement)._split(value)
 
 
 def join(content) -> str:
@@ -289,14 +290,10 @@ BAD_ROWS = {
     ),
     "no conversations": (
         {"id": None, "text": "x"},
-        "found the keys ['id', 'text']; expected the key 'conversations'. Give the row its conversation.",
+        "found the keys ['id', 'text']; expected the keys of one shape ('conversations'; 'messages'; 'prompt' and "
+        "'completion'; 'query' and 'response'). Give the row its conversation.",
     ),
-    "no near miss": ({"version": 1}, "found the keys ['version', 'id']; expected the key 'conversations'"),
-    "messages": (
-        {"messages": []},
-        "found the key 'messages'; expected 'conversations' with 'from' and 'value'. Rename the keys; data in the "
-        "messages format is loaded as a folder or hub dataset.",
-    ),
+    "no near miss": ({"version": 1}, "found the keys ['version', 'id']; expected the keys of one shape"),
     "conversations no list": (
         {"conversations": "hi"},
         "found 'conversations' of type str; expected a list of turns. Put the turns in a list.",
@@ -481,7 +478,9 @@ def test_options_that_cannot_apply(folder):
         load_rows(write(folder / "train.json", [QUESTION]), name="en")
     with pytest.raises(ValueError, match="found image_folder='pictures'; expected it with a .json or .jsonl"):
         load_rows(folder, image_folder="pictures")
-    with pytest.raises(ValueError, match="a.png: found a file; expected .json, .jsonl, a folder or a hub id"):
+    with pytest.raises(
+        ValueError, match="a.png: found a file; expected .json, .jsonl, .parquet, a folder or a hub id"
+    ):
         load_rows(folder / "a.png")
     with pytest.raises(FileNotFoundError, match="nowhere.json"):
         load_rows(folder / "nowhere.json")
@@ -718,12 +717,10 @@ def test_string_contents_and_no_pictures(folder, tmp_path, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_dataset_without_messages_is_refused(tmp_path, streaming):
+def test_a_dataset_of_no_shape_is_refused(tmp_path, streaming):
     (tmp_path / "set").mkdir()
-    write(tmp_path / "set" / "train.jsonl", [talk("Q", "A")])
-    with pytest.raises(
-        ValueError, match=r"set: found the columns \['conversations'\]; expected 'messages' and 'images'"
-    ):
+    write(tmp_path / "set" / "train.jsonl", [{"text": "Q"}])
+    with pytest.raises(ValueError, match=r"set: found the keys \['text'\]; expected the keys of one shape"):
         load_rows(tmp_path / "set", streaming=streaming)
 
 
