@@ -53,7 +53,7 @@ BLANKS = re.compile(r"[ \t\r\n]*")
 
 CACHE_FORMAT = 2  # part of the cache key: raise it whenever the same file must give other rows than before
 ERRORS_SHOWN = 5
-STREAM_PEEK = 1000  # rows that tell a stream its columns
+ROWS_PEEKED = 1000  # that tell a stream its columns, and a file their types unless a later row has others
 # Rows are turned into Arrow before Python's garbage collector counts them as old: 1000 at once take 1.6 times as long.
 ROWS_AT_ONCE = 100
 ROWS_PER_CHUNK = 1000  # as `datasets` writes; opening a file maps some of each chunk into memory
@@ -99,9 +99,10 @@ def load_rows(
     any other (mixed types, lists, objects) as `datasets.Json`, so that the number 7 and the string "7" stay apart.
     `datasets` reads floats inside a `Json` column to about 15 digits. A key that a row lacks holds None there.
 
-    Without `streaming` the file is read twice (checks and column types, then rows), in constant memory, and from then
-    on opened from the cache of `datasets`. The cache knows the file by path, size and times, so a changed file is read
-    again. Each call looks up whether the pictures exist. Of several processes that call at once the first one writes.
+    Without `streaming` all rows of the file are checked and written to the cache of `datasets`, in constant memory,
+    and from then on opened from there; it is read twice where a row behind the first 1000 has other columns or types.
+    The cache knows the file by path, size and times, so a changed file is read again. Each call looks up whether the
+    pictures exist. Of several processes that call at once the first one writes.
 
     With `streaming` a file, a `.json` list too, is read lazily, in constant memory, as one shard (one loader worker).
     The first 1000 rows give the names of the columns, all of type `datasets.Json`; a column that comes later is left
@@ -159,28 +160,35 @@ def load_rows(
 def _load_file(path: str, folder: str, placement: str, split: str) -> Dataset:
     stamp = _stamp(path)
     key = Hasher.hash((CACHE_FORMAT, path, folder, placement, stamp))
-    cache = Path(datasets.config.HF_DATASETS_CACHE, "llava_json", f"{key}.arrow")
-    cache.parent.mkdir(parents=True, exist_ok=True)
+    cache = _cache_file(key)
     with FileLock(f"{cache}.lock"):
         cached = cache.exists()
         if not cached:
-            features = _check(path, folder, placement)
             partial_file = cache.with_suffix(".partial")
-            rows = _rows(path, folder, placement, features, is_file=bool)  # bool: all were found
-            _write(rows, features, partial_file)
-            if _stamp(path) != stamp:
-                raise ValueError(f"{path}: found that the file changed while it was read. Load it again.")
-            os.replace(partial_file, cache)
+            try:
+                _convert(path, folder, placement, partial_file)
+                if _stamp(path) != stamp:
+                    raise ValueError(f"{path}: found that the file changed while it was read. Load it again.")
+                os.replace(partial_file, cache)
+            finally:
+                partial_file.unlink(missing_ok=True)
     split_name = split.partition("[")[0]
     rows = Dataset.from_file(str(cache), split=NamedSplit(split_name))
     if cached:
         is_file = _file_finder()
         if not all(map(is_file, pc.unique(pc.list_flatten(rows.data["images"])).to_pylist())):
-            _check(path, folder, placement)  # a picture has gone since: raises, with the rows named
+            for _ in _check(path, folder, placement, {}, rows.features):  # a picture has gone since: raises
+                pass
     if split == split_name:
         return rows
     spans = ReadInstruction.from_spec(split).to_absolute({split_name: len(rows)})
     return rows.select([row for span in spans for row in range(span.from_, span.to)])
+
+
+def _cache_file(key: str) -> Path:
+    file = Path(datasets.config.HF_DATASETS_CACHE, "llava_json", f"{key}.arrow")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    return file
 
 
 def _stamp(path: str) -> tuple[int, int, int]:
@@ -199,36 +207,69 @@ def _write(rows: Iterator[dict], features: Features, target: Path) -> None:
 
 
 def _stream_file(path: str, folder: str, placement: str, split: str) -> IterableDataset:
-    names: dict[str, None] = {}
-    for record in islice(_records(path), STREAM_PEEK):
-        if isinstance(record, dict):
-            with suppress(BadRow):  # raised when the stream reaches it
-                columns = find_shape(record).columns
-                names |= dict.fromkeys(name for name in record if name not in columns)
-    features = _features({name: Json() for name in names})
+    features = _features({name: Json() for name, _ in _peek(path)})
     kwargs = {"path": path, "folder": folder, "placement": placement, "features": features}
     return IterableDataset.from_generator(_rows, features=features, gen_kwargs=kwargs, split=NamedSplit(split))
 
 
-def _check(path: str, folder: str, placement: str) -> Features:
-    """Parse the whole file; raise one error for its bad rows, or return the features of its rows."""
-    reader, is_file = RowReader(placement), _file_finder()
+def _convert(path: str, folder: str, placement: str, target: Path) -> None:
+    """Check all rows of a file and write them, in one pass if the first rows tell the types of the columns."""
     types: dict[str, set[type]] = {}
-    errors, bad = [], 0
+    for name, value in _peek(path):
+        types.setdefault(name, set()).add(type(value))
+    features = _features_of(types)
+    _write(_check(path, folder, placement, types, features), features, target)
+    if _features_of(types) != features:
+        features = _features_of(types)
+        _write(_rows(path, folder, placement, features, is_file=bool), features, target)  # bool: all were found
+
+
+def _check(path: str, folder: str, placement: str, types: dict[str, set[type]], features: Features) -> Iterator[dict]:
+    """Parse the whole file and raise one error for its bad rows.
+
+    Yields rows for as long as there is no bad one and `features` has the columns and types met, which go into `types`.
+    """
+    reader, is_file = RowReader(placement), _file_finder()
+    errors, bad, fits = [], 0, True
     for row, record in enumerate(_records(path)):
         try:
-            _parse_row(record, folder, reader, is_file)
+            messages, images = _parse_row(record, folder, reader, is_file)
         except BadRow as error:
             bad += 1
             if bad <= ERRORS_SHOWN:
                 errors.append(_describe(path, row, record, error))
             continue
-        for name in record:
-            if name not in reader.shape.columns:
-                types.setdefault(name, set()).add(type(record[name]))
+        columns = {name: record[name] for name in record if name not in reader.shape.columns}
+        for name, value in columns.items():
+            seen = types.setdefault(name, set())
+            if type(value) not in seen:
+                seen.add(type(value))
+                fits = fits and _column_feature(seen) == features.get(name)
+        if fits and not bad:
+            yield {"messages": messages, "images": images, **_as_stored(columns, features)}
     if bad:
         raise _cannot_use(bad, f"{row + 1}", errors)
-    return _features({name: _column_feature(seen - {type(None)}) for name, seen in types.items()})
+
+
+def _peek(path: str) -> Iterator[tuple[str, object]]:
+    """Names and values of the other columns in the first rows. What is wrong with a row is raised when it is read."""
+    for record in islice(_records(path), ROWS_PEEKED):
+        if isinstance(record, dict):
+            with suppress(BadRow):
+                columns = find_shape(record).columns
+                yield from ((name, value) for name, value in record.items() if name not in columns)
+
+
+def _as_stored(columns: dict, features: Features) -> dict:
+    # `datasets.Json` would take the string "7" for the number 7: hand it JSON text.
+    return {
+        name: json.dumps(value, allow_nan=False) if value is not None and isinstance(features[name], Json) else value
+        for name, value in columns.items()
+    }
+
+
+def _features_of(types: dict[str, set[type]]) -> Features:
+    return _features({name: _column_feature(seen) for name, seen in types.items()})
 
 
 def _features(columns: dict) -> Features:
@@ -236,6 +277,7 @@ def _features(columns: dict) -> Features:
 
 
 def _column_feature(types: set[type]):
+    types = types - {type(None)}
     simple = {str: "string", int: "int64", float: "float64", bool: "bool"}
     if not types:
         return Value("null")
@@ -270,24 +312,16 @@ def _file_finder() -> Callable[[str], bool]:
 
 def _rows(path: str, folder: str, placement: str, features: Features, is_file: Callable[[str], bool] = os.path.isfile):
     reader = RowReader(placement)
-    as_json = {name for name, feature in features.items() if isinstance(feature, Json)}
     for row, record in enumerate(_records(path)):
         try:
             messages, images = _parse_row(record, folder, reader, is_file)
         except BadRow as error:
             raise ValueError(_describe(path, row, record, error)) from None
-        columns = {}
-        for name, value in record.items():
-            if name in reader.shape.columns:
-                continue
-            if name not in features:
-                warnings.warn(f"{path}: column {name!r} is left out: no row up to {STREAM_PEEK} has it", stacklevel=2)
-            elif name in as_json and value is not None:
-                # `datasets.Json` would take the string "7" for the number 7: hand it JSON text.
-                columns[name] = json.dumps(value, allow_nan=False)
-            else:
-                columns[name] = value
-        yield {"messages": messages, "images": images, **columns}
+        columns = {name: record[name] for name in record if name not in reader.shape.columns}
+        for name in columns.keys() - features.keys():
+            warnings.warn(f"{path}: column {name!r} is left out: no row up to {ROWS_PEEKED} has it", stacklevel=2)
+            del columns[name]
+        yield {"messages": messages, "images": images, **_as_stored(columns, features)}
 
 
 def _records(path: str) -> Iterator:
@@ -497,13 +531,15 @@ def _read_messages(rows, shape: Shape, path: str, streaming: bool, placement: st
     pictures = pc.fill_null(pc.list_value_length(rows.data["images"]), 0).to_numpy()
     beside = rows.remove_columns(taken)
     texts = rows.select_columns([name for name in rows.features if name in (*taken, "id", *shape.unread)])
+    key = Hasher.hash((CACHE_FORMAT, rows._fingerprint, placement))
     messages = texts.map(
         partial(_read_batch, path, reader, pictures),
         batched=True,
         with_indices=True,
         remove_columns=texts.column_names,
         features=Features({"messages": MESSAGES}),
-        new_fingerprint=Hasher.hash((CACHE_FORMAT, rows._fingerprint, placement)),
+        new_fingerprint=key,
+        cache_file_name=str(_cache_file(key)),
     )
     return concatenate_datasets([messages, beside], axis=1, split=rows.split)
 

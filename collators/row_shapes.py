@@ -290,7 +290,7 @@ def _read_turns(turns, words: Words) -> list[dict]:
                 "an object",
                 f'Write {{"{words.role}": ..., "{words.content}": ...}}',
             )
-        if {key for key in turn if turn[key] is not None or key in keys} != keys:
+        if turn.keys() != keys and {key for key in turn if turn[key] is not None or key in keys} != keys:
             raise BadRow(
                 f"turn {number} with the keys {list(turn)}",
                 f"{words.role!r} and {words.content!r} alone",

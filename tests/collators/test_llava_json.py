@@ -267,6 +267,25 @@ def test_a_mixed_column_survives_map_and_save(folder, tmp_path):
     assert load_rows(tmp_path / "saved")["id"] == [7, "7", None, "x"]
 
 
+def test_a_column_may_change_behind_the_first_rows(folder):
+    """The first 1000 rows say how a file is stored; a later row that does not fit makes it be read once more."""
+    path = write(folder / "train.jsonl", [talk("Q", "A", id=i, n=i) for i in range(1000)] + [talk("Q", "A", id="7")])
+    rows = load_rows(path)
+    assert rows["id"] == [*range(1000), "7"]
+    assert rows["n"] == [*range(1000), None]
+    assert {name: rows.features[name] for name in ("id", "n")} == {"id": Json(), "n": Value("int64")}
+
+
+def test_a_bad_row_behind_a_column_that_changed(folder, cache):
+    rows = [talk("Q", "A", id=i) for i in range(1000)] + [talk("Q", "A", id="x", late=1), talk("Q", id="y")]
+    path = write(folder / "train.jsonl", rows)
+    with pytest.raises(
+        ValueError, match=r"1 of 1002 rows cannot be used:\n.*row 1001 \(id 'y'\): found the order human"
+    ):
+        load_rows(path)
+    assert [file.suffix for file in cache.iterdir()] == [".lock"]
+
+
 def test_a_stream_leaves_out_a_late_column_with_a_warning(folder):
     path = write(folder / "train.jsonl", [talk("Q", "A", id=i) for i in range(1000)] + [talk("Q", "A", model="x")])
     with pytest.warns(UserWarning, match="column 'model' is left out"):
