@@ -222,7 +222,7 @@ class RowReader:
         """
         shape = find_shape(record)
         self.shape = self.shape or shape
-        if shape is not self.shape:
+        if shape.keys != self.shape.keys:  # no `is`: a loader's worker has a copy of this reader
             raise BadRow(
                 f"the keys {_name(shape)} behind rows with {_name(self.shape)}",
                 "rows of one shape",

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import pickle
 import re
 from pathlib import Path
 
@@ -410,6 +411,7 @@ def test_pictures_are_not_decoded(tmp_path, streaming):
     assert [read["images"] for read in rows] == [row["images"]] * 3
     assert rows.features["images"] == List(Image(decode=False))
     assert list(rows.features) == ["messages", "images"]
+    assert list(pickle.loads(pickle.dumps(rows))) == list(rows)  # what a loader's worker does
 
 
 def test_pictures_are_written_once(tmp_path, cache):
