@@ -111,10 +111,10 @@ def load_rows(
 
     Anything else is a dataset: a `.parquet` file, a hub id, a folder that `datasets.load_dataset` reads, or one that
     `save_to_disk` wrote. With `messages`, of string or list contents, it passes through; with the columns of another
-    shape `messages` takes their place, and without `streaming` is kept in the cache. Pictures of the type
-    `datasets.Image` arrive undecoded, as {"bytes", "path"}, so that whoever opens a broken one can name it, and raw
-    bytes as bytes. A single `image` becomes `images` of one, and a dataset without pictures gets empty `images`;
-    without `streaming` both write a copy to the cache.
+    shape, or a `system` column, `messages` takes their place, and without `streaming` is kept in the cache. Pictures
+    of the type `datasets.Image` arrive undecoded, as {"bytes", "path"}, so that whoever opens a broken one can name
+    it, and raw bytes as bytes. A single `image` becomes `images` of one, and a dataset without pictures gets empty
+    `images`; without `streaming` both write a copy to the cache.
 
     Args:
         path: the file, folder or hub id.
@@ -475,7 +475,7 @@ def _load_dataset(path: str, name: str | None, split: str, streaming: bool, plac
     rows = _open_dataset(path, name, split, streaming)
     features = rows.features.copy()
     try:
-        shape = None if "messages" in features else find_shape(features)
+        shape = None if "messages" in features and "system" not in features else find_shape(features)
     except BadRow as error:
         raise ValueError(f"{path}: {error}") from None
     column = next((name for name in ("images", "image") if name in features), None)

@@ -232,7 +232,7 @@ class RowReader:
             if record.get(key):
                 raise BadRow(f"the key {key!r}", "a conversation with pictures alone", remedy)
         turns = _with_system(record, shape.read(record))
-        unmarked = shape.unmarked and all(isinstance(turn["content"], str) for turn in turns)
+        unmarked = shape.unmarked and all(isinstance(turn["content"], str) for turn in turns if turn["role"] == "user")
         messages = [{"role": turn["role"], "content": self._split(turn["content"])} for turn in turns]
         markers = sum(part["type"] == "image" for message in messages for part in message["content"])
         if pictures and not markers and unmarked:

@@ -137,6 +137,10 @@ ROWS = {
         },
         [turn("system", text("S")), turn("user", IMAGE, text("Which?")), turn("assistant", text("Red."))],
     ),
+    "TRL with a prompt of text and a completion of parts": (
+        {"prompt": chat("Which?"), "completion": [turn("assistant", text("Red."))], **A},
+        [turn("user", IMAGE, text("Which?")), turn("assistant", text("Red."))],
+    ),
     "TRL standard": (
         {"prompt": "The sky is", "completion": " blue."},
         [turn("user", text("The sky is")), turn("assistant", text(" blue."))],
@@ -439,6 +443,18 @@ def test_rows_with_and_without_pictures(tmp_path, streaming):
     assert [row["images"] or [] for row in read] == [[encoded()], [], []]
     assert [row["messages"][0]["content"] for row in read] == [[IMAGE, text("Which?")], [text("Hi")], [text("Hi")]]
     assert make_collator()(read)["pixel_values"].shape[0] == 1
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_system_column_beside_messages(tmp_path, streaming):
+    rows = [{"messages": chat("Hi", "Ho"), "system": system, "n": 1} for system in ("S", None)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")
+    read = list(load_rows(tmp_path / "train.parquet", streaming=streaming))
+    talk = [turn("user", text("Hi")), turn("assistant", text("Ho"))]
+    assert read == [
+        {"messages": [turn("system", text("S")), *talk], "n": 1, "images": []},
+        {"messages": talk, "n": 1, "images": []},
+    ]
 
 
 def test_a_parquet_file_can_be_sliced(tmp_path):
