@@ -1,6 +1,6 @@
 """What stands between a row on disk and a training batch. See `collators/llava.py` first."""
 
-from collators.llava import IGNORE_INDEX, LlavaDataCollator, load_image, moves_pictures, read_row
+from collators.llava import IGNORE_INDEX, LlavaDataCollator, load_image, read_row, rendered_placement
 from collators.llava_json import load_rows
 from collators.templates import chat_template_path, tag_images, training_chat_template
 
@@ -10,8 +10,8 @@ __all__ = [
     "chat_template_path",
     "load_image",
     "load_rows",
-    "moves_pictures",
     "read_row",
+    "rendered_placement",
     "tag_images",
     "training_chat_template",
 ]

@@ -22,11 +22,12 @@ TRAIN_ON = ("assistant", "last_assistant", "all")
 PLACEMENT = ("front", "keep")
 OVERLONG = ("raise", "drop")
 TEMPLATE_FLAGS = "(chat_template=, in recipes --chat_template_path; see collators/chat_templates/)"
-# A question whose picture stands between its words: it shows whether a template leaves it there.
+# A question whose picture stands between its words, which occur in no template: it shows where a template puts it.
+AHEAD, BEHIND = "words-ahead-of-it", "words-behind-it"
 INTERLEAVED = [
     {
         "role": "user",
-        "content": [{"type": "text", "text": "before"}, {"type": "image"}, {"type": "text", "text": "behind"}],
+        "content": [{"type": "text", "text": AHEAD}, {"type": "image"}, {"type": "text", "text": BEHIND}],
     }
 ]
 # Renders text that is already rendered, and marks what is trained of it (see LlavaDataCollator._as_segments).
@@ -147,7 +148,6 @@ class LlavaDataCollator:
             were taken from between texts, and answers whose leading newline became one token with the header's, so
             far in this process. The first of each kind are named in the log.
         marks_answers: Whether the template has `{% generation %}` blocks.
-        moves_pictures: Whether the template renders a picture that stands within a turn's text elsewhere.
 
     Raises:
         ValueError: On construction, if an option is outside its set, or the template does not end an answer in a stop
@@ -230,10 +230,7 @@ class LlavaDataCollator:
         """Check a row and bring it to list contents, decoded pictures and the asked placement; empty if it drops."""
         conversation = read_row(row, self.processor.image_token, placement=self.placement, index=index)
         name = conversation["name"]
-        if conversation.pop("moved"):
-            self.moved += 1
-            self._log(self.moved, f"{name}: pictures between texts were moved to the front of their turn")
-        if self.moves_pictures and any(map(_has_text_before_picture, conversation["messages"])):
+        if self._moves_pictures and any(map(_has_text_before_picture, conversation["messages"])):
             raise ValueError(
                 f"{name}: the chat template renders the pictures of a turn before its text, but placement='keep' was "
                 "asked for. Pass a template that renders the parts in order (collators/chat_templates/*_keep.jinja), "
@@ -246,6 +243,9 @@ class LlavaDataCollator:
             if kept is None:
                 return []
             conversation = kept
+        if conversation.pop("moved"):
+            self.moved += 1
+            self._log(self.moved, f"{name}: pictures between texts were moved to the front of their turn")
         try:
             conversation["images"] = [load_image(source) for source in conversation["images"]]
         except (ValueError, FileNotFoundError, TypeError) as error:
@@ -371,13 +371,14 @@ class LlavaDataCollator:
         count = sum(message["role"] == "assistant" for message in conversation["messages"])
         found = f"{conversation['name']}: {found} for {limit}"
         if fitting:
-            self.shortened += 1
+            self.shortened += not conversation.get("cut")
             self._log(self.shortened, f"{found}; kept the first {fitting} of {count} exchanges")
-            return _first_exchanges(conversation, fitting)
+            return _first_exchanges(conversation, fitting) | {"cut": True}
         found = f"{found}, and not even the first exchange fits"
         if self.overlong == "raise":
             flag = limit.partition("=")[0]
             raise ValueError(f"{found}. Raise --{flag}, shorten the row, or pass overlong='drop' to leave it out.")
+        self.shortened -= conversation.get("cut", False)
         self.dropped += 1
         self._log(self.dropped, f"{found}; left out of its batch")
         return None
@@ -404,7 +405,7 @@ class LlavaDataCollator:
         """Push one made-up exchange with a picture through the template, as training and as inference do."""
         made_up = {"name": "a made-up row", "images": [Image.new("RGB", (64, 48))]}
         rendered = self._render(made_up, INTERLEAVED, add_generation_prompt=True)
-        self.moves_pictures = moves_pictures(self.processor, self.chat_template)
+        self._moves_pictures = rendered_placement(self.processor, self.chat_template) == "front"
         bos = self.processor.tokenizer.bos_token
         self._writes_bos = bos is not None and rendered.startswith(bos)
 
@@ -435,17 +436,22 @@ class LlavaDataCollator:
             logger.warning("%s (no. %d of this kind in this process)", message, count)
 
 
-def moves_pictures(processor, chat_template: str | None = None) -> bool:
-    """Say whether a chat template renders a picture that stands between a turn's words elsewhere, as the released do.
+def rendered_placement(processor, chat_template: str | None = None) -> str | None:
+    """Say where a chat template renders a picture that stands between a turn's words.
 
     Args:
         processor: A Llava-family processor.
         chat_template: Rendered instead of the processor's own.
+
+    Returns:
+        `"keep"`: there; `"front"`: elsewhere, as the released templates do; None: the words are not rendered at all,
+        as by stage 1's template of captions.
     """
     rendered = processor.apply_chat_template(INTERLEAVED, chat_template=chat_template, add_generation_prompt=True)
-    places = [rendered.find(text) for text in ("before", processor.image_token, "behind")]
-    places = [place for place in places if place >= 0]  # a caption's template leaves the question's words out
-    return places != sorted(places)
+    places = [rendered.find(text) for text in (AHEAD, processor.image_token, BEHIND)]
+    if places[0] < 0 and places[2] < 0:
+        return None
+    return "keep" if places == sorted(places) else "front"
 
 
 def read_row(row: Mapping[str, Any], image_token: str, *, placement: str = "front", index: int = 0) -> dict[str, Any]:

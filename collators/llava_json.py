@@ -475,12 +475,15 @@ def _load_dataset(path: str, name: str | None, split: str, streaming: bool, plac
     rows = _open_dataset(path, name, split, streaming)
     features = rows.features.copy()
     try:
-        shape = None if "messages" in features and "system" not in features else find_shape(features)
+        shape = find_shape(features)
     except BadRow as error:
         raise ValueError(f"{path}: {error}") from None
+    if _is_plain(features, shape):
+        shape = None
     column = next((name for name in ("images", "image") if name in features), None)
     if column is not None:
-        if shape is not None and features[column] in (Value("string"), List(Value("string"))):
+        leaf = getattr(features[column], "feature", features[column])
+        if shape is not None and leaf in (Value("string"), Value("large_string")):
             raise ValueError(
                 f"{path}: found paths in {column!r}; expected the pictures themselves, as bytes. Pass the path of the "
                 ".json or .jsonl file, whose folder or --image_folder says where relative paths start."
@@ -498,6 +501,13 @@ def _load_dataset(path: str, name: str | None, split: str, streaming: bool, plac
         features["images"] = images if isinstance(images, List | LargeList) else List(images)
         rows = rows.map(partial(_wrap_images, column), remove_columns=column, features=features)
     return rows if shape is None else _read_messages(rows, shape, path, streaming, placement)
+
+
+def _is_plain(features: Features, shape: Shape) -> bool:
+    """Whether the rows are `messages` of roles and contents alone, which need no reading: they are what comes out."""
+    turn = getattr(features.get("messages"), "feature", None)
+    beside = {"system", *shape.unread} & features.keys()
+    return isinstance(turn, dict) and turn.keys() <= {"role", "content"} and not beside
 
 
 def _open_dataset(path: str, name: str | None, split: str, streaming: bool) -> Dataset | IterableDataset:

@@ -195,6 +195,9 @@ def find_shape(record: Mapping) -> Shape:
         close = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
         if close and close[0] not in record:
             raise BadRow(f"the key {key!r}", f"the key {close[0]!r}", "Rename the key")
+    for shape in SHAPES:
+        if empty := [key for key in shape.keys if key in record and record[key] is None]:
+            raise BadRow(f"{empty[0]!r}: null", "a conversation", "Write it, or leave the row out")
     raise BadRow(f"the keys {list(record)}", f"the keys of one shape ({ALL_KEYS})", "Give the row its conversation")
 
 
@@ -229,7 +232,8 @@ class RowReader:
                 "Give each shape a file of its own",
             )
         for key, remedy in shape.unread.items():
-            if record.get(key):
+            value = record.get(key)
+            if any(value.values()) if isinstance(value, dict) else value:
                 raise BadRow(f"the key {key!r}", "a conversation with pictures alone", remedy)
         turns = _with_system(record, shape.read(record))
         unmarked = shape.unmarked and all(isinstance(turn["content"], str) for turn in turns if turn["role"] == "user")

@@ -3,11 +3,12 @@
 A file of its own: it reads the `chat_templates/` folder, so it cannot stand in the collator's paste-able file.
 """
 
+import re
 from pathlib import Path
 
 from jinja2 import TemplateError
 
-from collators.llava import INTERLEAVED, PLACEMENT, LlavaDataCollator, moves_pictures
+from collators.llava import INTERLEAVED, PLACEMENT, LlavaDataCollator, rendered_placement
 
 TWINS = ("vicuna_v1", "vip_llava", "mistral_instruct", "llama_2", "chatml", "interleave_qwen", "plain")
 # Each conversation's twin that leaves pictures where they stand in a turn.
@@ -41,8 +42,8 @@ def training_chat_template(processor, path: str | Path | None = None, *, placeme
 
     Raises:
         ValueError: `path` is no template file, the processor has no template or several, it carries stage 1's
-            `plain` template, which renders no question, and no `path` says what stage 2 should use, or `placement` is
-            `"keep"` and the template would move pictures; the message names the twin that does not.
+            `plain` template, which renders no question, and no `path` says what stage 2 should use, or the template
+            has the other placement, so that inference would not ask as training did; the message names the twin.
     """
     if placement not in PLACEMENT:
         raise ValueError(f"placement={placement!r}: expected one of {', '.join(map(repr, PLACEMENT))}")
@@ -53,22 +54,57 @@ def training_chat_template(processor, path: str | Path | None = None, *, placeme
                 f"--chat_template_path {path}: expected an existing .jinja file, {example}. (TRL also clones from a "
                 "tokenizer; a processor needs the file.)"
             )
-        template = Path(path).read_text(encoding="utf-8")
-        return _refuse_moving(processor, template, f"{path}") if placement == "keep" else template
+        return _check_placement(processor, Path(path).read_text(encoding="utf-8"), placement, f"{path}")
     template = processor.chat_template
     if not isinstance(template, str):
         found = f"has several chat templates ({', '.join(template)})" if template else "has no chat template"
         raise ValueError(f"the checkpoint {found}: pass --chat_template_path, {example}")
-    family = _family(processor, template)
-    if family == "plain":
+    if _rendered_placement(processor, template) is None and _prompts(processor, template)[0] is not None:
         raise ValueError(
             "the checkpoint carries stage 1's `plain` template, which leaves every question out: pass "
             f"--chat_template_path with the conversation's template, {example}"
         )
+    family = _family(processor, template)
     twins = {name: _read(name) for name in ([family, KEEP_TWINS[family]] if family else [])}
     if family and (template in twins.values() or not _trains_a_stop_token(processor, template)):
         return twins[family if placement == "front" else KEEP_TWINS[family]]
-    return _refuse_moving(processor, template, "the checkpoint's chat template") if placement == "keep" else template
+    return _check_placement(processor, template, placement, "the checkpoint's chat template")
+
+
+def _check_placement(processor, template: str, placement: str, whose: str) -> str:
+    rendered = _rendered_placement(processor, template)
+    if rendered in (None, placement):
+        return template
+    family = _family(processor, template)
+    if family:
+        twin = f"its twin {chat_template_path(family if placement == 'front' else KEEP_TWINS[family])}"
+    else:
+        twin = "one that does"
+    does = {
+        "front": "renders the pictures of a turn before its text",
+        "keep": "leaves the pictures of a turn where they stand in its text",
+    }
+    raise ValueError(
+        f"--placement {placement}: {whose} {does[rendered]}. Pass --chat_template_path with {twin}, or --placement "
+        f"{rendered}."
+    )
+
+
+def _rendered_placement(processor, template: str) -> str | None:
+    try:
+        return rendered_placement(processor, template)
+    except (TemplateError, TypeError):  # it does not render such a turn at all, which the collator says better
+        return None
+
+
+def _read(name: str) -> str:
+    return chat_template_path(name).read_text(encoding="utf-8")
+
+
+def _family(processor, template: str) -> str | None:
+    """The twin whose prompts are the template's own, wherever it leaves pictures."""
+    own = _prompts(processor, template)
+    return next((name for name in KEEP_TWINS if own == _prompts(processor, _read(name))), None)
 
 
 def tag_images(processor, template: str, image_tag_format: str) -> str:
@@ -95,6 +131,12 @@ def tag_images(processor, template: str, image_tag_format: str) -> str:
             "further braces, for example <Image>{}</Image>"
         )
     tag = f"{before}{image}{after}"
+    around = re.findall(rf"(.?){re.escape(image)}(.?)", template, re.DOTALL)
+    if tag not in template and any(left not in "'\"" or right not in "'\"\\ \n" for left, right in around):
+        raise ValueError(
+            f"image_tag_format={image_tag_format!r}: the chat template has words around {image} already. Pass "
+            "--chat_template_path with one that has not, or write these into it yourself."
+        )
     tagged = template if tag in template else template.replace(image, tag)
     rendered = processor.apply_chat_template(INTERLEAVED, chat_template=tagged)
     if rendered.count(tag) != 1 or rendered.count(image) != 1:
@@ -103,30 +145,6 @@ def tag_images(processor, template: str, image_tag_format: str) -> str:
             "be put around it. Write them into the template yourself."
         )
     return tagged
-
-
-def _refuse_moving(processor, template: str, whose: str) -> str:
-    try:
-        if not moves_pictures(processor, template):
-            return template
-    except (TemplateError, TypeError):  # it does not render such a turn at all, which the collator says better
-        return template
-    family = _family(processor, template)
-    twin = f"its twin {chat_template_path(KEEP_TWINS[family])}" if family else "one that renders the parts in order"
-    raise ValueError(
-        f"--placement keep: {whose} renders the pictures of a turn before its text. Pass "
-        f"--chat_template_path with {twin}, or --placement front."
-    )
-
-
-def _read(name: str) -> str:
-    return chat_template_path(name).read_text(encoding="utf-8")
-
-
-def _family(processor, template: str) -> str | None:
-    """The twin whose prompts are the template's own, wherever it leaves pictures."""
-    own = _prompts(processor, template)
-    return next((name for name in TWINS if own == _prompts(processor, _read(name))), None)
 
 
 def _trains_a_stop_token(processor, template: str) -> bool:

@@ -27,16 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; above: sampled")
 
 
-def load_checkpoint(
-    path: str, dtype: str = "auto", device: str = "auto"
-) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
-    """Load a model and its processor with the stock auto classes, ready to generate.
-
-    An adapter is loaded with PEFT onto its unquantised base: the auto class would do so too, but drops DoRA's
-    magnitudes with no more than a table in the log (transformers 5.23).
+def load_processor(path: str) -> ProcessorMixin:
+    """Load a checkpoint's processor.
 
     Raises:
-        ValueError: there is no processor at `path`, or it has no chat template.
+        ValueError: there is none at `path`, or it has no chat template.
     """
     try:
         processor = AutoProcessor.from_pretrained(path)
@@ -50,6 +45,21 @@ def load_checkpoint(
             f"{path}: the {type(processor).__name__} has no chat template; expected the one that the model was "
             "trained with. Put it there as chat_template.jinja (see collators/chat_templates/)."
         )
+    return processor
+
+
+def load_checkpoint(
+    path: str, dtype: str = "auto", device: str = "auto"
+) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
+    """Load a model and its processor with the stock auto classes, ready to generate.
+
+    An adapter is loaded with PEFT onto its unquantised base: the auto class would do so too, but drops DoRA's
+    magnitudes with no more than a table in the log (transformers 5.23).
+
+    Raises:
+        ValueError: as `load_processor`.
+    """
+    processor = load_processor(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if find_adapter_config_file(path) is None:

@@ -83,11 +83,14 @@ class LlavaTrainer(SFTTrainer):
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
         model.generation_config.pad_token_id = tokenizer.pad_token_id
         model.generation_config.eos_token_id = stop_token_ids(model, processing_class)
+        template = processing_class.chat_template
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         masters = {name: parameter.data for name, parameter in trained.items()} if _is_quantised(model) else {}
         super().__init__(
             model=model, args=args, processing_class=processing_class, data_collator=data_collator, **kwargs
         )
+        # TRL reads --chat_template_path again, so that tags put into the template would be lost on saving (trl 1.16).
+        processing_class.chat_template = template
         # TRL rounds what trains beside a quantised model to bfloat16, in which most updates vanish (trl 1.16, where it
         # creates the PEFT model; huggingface/trl#4901 for fp16). Delete once it leaves them alone.
         for name, master in masters.items():

@@ -2,9 +2,9 @@
 
     python recipes/chat.py --model outputs/llava-sft --image cat.jpg
 
-`/image PATH` adds a picture to the next question, where it says `<image>` or else ahead of it; `/reset` forgets all,
-`/quit` or Ctrl-D ends. Ctrl-C stops an answer; what there is of it stays in the conversation. Questions may also come
-from a pipe, one a line: answers go to standard output, all else to standard error.
+`/image PATH` adds a picture to the next question, ahead of it or, if it says `<image>` once for each, there; `/reset`
+forgets all, `/quit` or Ctrl-D ends. Ctrl-C stops an answer; what there is of it stays in the conversation. Questions
+may also come from a pipe, one a line: answers go to standard output, all else to standard error.
 """
 
 import argparse
@@ -77,10 +77,10 @@ def stream_answer(model, processor, messages, images, **generation):
 
 
 def make_message(role, text, pictures=0):
-    """Pictures stand where the text says <image>; if it does not say so of each, ahead of it."""
-    texts = text.split("<image>") if text.count("<image>") == pictures else [*[""] * pictures, text]
+    """Pictures stand where the text says <image>; unless it says so of each of them, ahead of it."""
+    texts = text.split("<image>") if text.count("<image>") == pictures > 0 else [*[""] * pictures, text]
     parts = [part for words in texts for part in ({"type": "image"}, {"type": "text", "text": words})][1:]
-    return {"role": role, "content": [part for part in parts if part.get("text") != ""]}
+    return {"role": role, "content": [part for part in parts if part.get("text") != ""] or parts}
 
 
 def main(argv=None):

@@ -24,8 +24,8 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from _answers import MEASURES, add_arguments, answer, load_checkpoint, score, summarise
-from collators import load_rows, moves_pictures, read_row
+from _answers import MEASURES, add_arguments, answer, load_checkpoint, load_processor, score, summarise
+from collators import load_rows, read_row, rendered_placement
 
 
 def make_parser():
@@ -85,14 +85,14 @@ def main(argv=None):
     output, summary_file = Path(args.output), Path(f"{args.output}.summary.json")
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"{output} exists: pass another --output, or --overwrite to replace it")
-    model, processor = load_checkpoint(args.model, args.dtype, args.device)
-    placement = args.placement or ("front" if moves_pictures(processor) else "keep")
+    placement = args.placement or rendered_placement(load_processor(args.model)) or "front"
     options = {"image_folder": args.image_folder, "split": args.dataset_test_split, "placement": placement}
     rows = load_rows(args.dataset_name, **options)
     rows = rows.select(range(len(rows))[: args.limit])
     columns = [column for column in (args.group_by, "source", "category") if column in rows.column_names]
     if args.group_by and args.group_by not in columns:
         raise ValueError(f"--group_by {args.group_by}: {args.dataset_name} has the columns {rows.column_names}")
+    model, processor = load_checkpoint(args.model, args.dtype, args.device)
     generation = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "num_beams")}
     questions = read_questions(track(rows, "rows"), columns, processor.image_token, placement)
     records = []

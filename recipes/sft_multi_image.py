@@ -7,7 +7,7 @@ Data:   LLaVA JSON or a dataset with `messages` and `images`; rows with no, one 
 
     python recipes/sft_multi_image.py --model_name_or_path llava-hf/llava-interleave-qwen-0.5b-hf \
         --dataset_name data/train.json --max_images 8
-    accelerate launch recipes/sft_multi_image.py --model_name_or_path llava-hf/llava-onevision-qwen2-7b-ov-hf \
+    accelerate launch recipes/sft_multi_image.py --model_name_or_path llava-hf/llava-onevision-qwen2-0.5b-ov-hf \
         --config recipes/multi_image_onevision.yaml --dataset_name data/train.json
 
 --placement keep (default) leaves each picture where it stands, by a chat template that is saved with the checkpoint;

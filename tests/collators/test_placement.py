@@ -12,8 +12,8 @@ from collators import (
     LlavaDataCollator,
     chat_template_path,
     load_rows,
-    moves_pictures,
     read_row,
+    rendered_placement,
     tag_images,
     training_chat_template,
 )
@@ -64,7 +64,9 @@ def decode(collator, batch, index: int = 0) -> str:
 @pytest.mark.parametrize("family", KEEP_TWINS)
 def test_every_family_has_a_twin_that_leaves_pictures_in_place(family):
     processor = tiny.make_processor()
-    assert moves_pictures(processor, twin(family)) and not moves_pictures(processor, twin(KEEP_TWINS[family]))
+    assert rendered_placement(processor, twin(family)) == "front"
+    assert rendered_placement(processor, twin(KEEP_TWINS[family])) == "keep"
+    assert rendered_placement(processor, twin("plain")) is None
     assert set(KEEP_TWINS) == set(TWINS) - {"plain"}
 
 
@@ -90,10 +92,23 @@ def test_the_text_stays_as_it_was_written(family, expected):
 
 
 @pytest.mark.parametrize("family", KEEP_TWINS)
-@pytest.mark.parametrize("text", ["<image>\nWhat?", "Look.\n<image>\nWhat?", "What?\n<image>", "<image> and what?"])
-def test_one_picture_keeps_its_newlines(family, text):
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("<image>\nWhat?", "Look.\n<image>\nWhat?", "What?\n<image>", "<image> and what?", "<image>\r\nWhat?"),
+        *('Is "<image>" it?', "<image>'s colour", "<image>/<image>", "<image>。什么", "<image>\u00a0a", "(<image>)"),
+    ],
+)
+def test_a_text_with_its_pictures_is_verbatim(family, text):
     collator = make_collator(family)
     assert text in decode(collator, collator([ask(text)]))
+
+
+@pytest.mark.parametrize("family", KEEP_TWINS)
+@pytest.mark.parametrize("word", ["What?", "7", "什么"])
+def test_a_picture_that_touches_a_word_gets_the_newline_of_the_released_template(family, word):
+    collator = make_collator(family)
+    assert f"<image>\n{word}" in decode(collator, collator([ask(f"<image>{word}")]))
 
 
 @pytest.mark.parametrize("family", KEEP_TWINS)
@@ -165,10 +180,37 @@ def test_a_template_that_moves_pictures_is_refused_with_its_twins_name(tmp_path)
     with pytest.raises(ValueError, match=r"the checkpoint's chat template .*twin .*vicuna_v1_keep\.jinja"):
         training_chat_template(tiny.make_processor(own), placement="keep")
     strange = twin("vicuna_v1").replace("'ASSISTANT:'", "'BOT:'")
-    with pytest.raises(ValueError, match="with one that renders the parts in order, or --placement front"):
+    with pytest.raises(ValueError, match="with one that does, or --placement front"):
         training_chat_template(tiny.make_processor(strange), placement="keep")
     with pytest.raises(ValueError, match="placement='back': expected one of 'front', 'keep'"):
         training_chat_template(tiny.make_processor(), placement="back")
+
+
+def test_a_template_that_keeps_pictures_is_refused_under_front():
+    """Training would move them, and inference would not."""
+    keep = chat_template_path("vicuna_v1_keep")
+    given = "--placement front: .*vicuna_v1_keep.jinja leaves the pictures of a turn where they stand in its text"
+    with pytest.raises(ValueError, match=rf"{given}.*twin .*vicuna_v1\.jinja, or --placement keep"):
+        training_chat_template(tiny.make_processor(), keep)
+    tagged = tag_images(tiny.make_processor(), twin("vicuna_v1_keep"), "<Image>{}</Image>")
+    with pytest.raises(ValueError, match="--placement front: the checkpoint's chat template leaves the pictures"):
+        training_chat_template(tiny.make_processor(tagged))
+    assert training_chat_template(tiny.make_processor(tagged), placement="keep") == tagged
+
+
+@pytest.mark.parametrize("placement", ["front", "keep"])
+def test_words_of_the_template_do_not_mislead(placement):
+    """Such as a system text that says "before" or "behind"."""
+    name = "vicuna_v1" if placement == "front" else "vicuna_v1_keep"
+    template = "Answer before you look. Leave nobody behind. " + twin(name)
+    assert rendered_placement(tiny.make_processor(), template) == placement
+
+
+def test_a_captions_template_with_tags_is_one_still():
+    tagged = tag_images(tiny.make_processor(), twin("plain"), "<Image>{}</Image>")
+    for placement in ("front", "keep"):
+        with pytest.raises(ValueError, match="leaves every question out"):
+            training_chat_template(tiny.make_processor(tagged), placement=placement)
 
 
 def test_what_cannot_be_rendered_is_left_to_the_collator():
@@ -180,7 +222,6 @@ def test_what_cannot_be_rendered_is_left_to_the_collator():
 
 def test_stage_ones_template_moves_nothing():
     collator = LlavaDataCollator(tiny.make_processor(twin("plain")), placement="keep")
-    assert not collator.moves_pictures
     caption = row(
         {"role": "user", "content": [{"type": "text", "text": "Describe."}, {"type": "image"}]}, assistant("A dog.")
     )
@@ -234,6 +275,18 @@ def test_a_first_exchange_with_too_many_pictures_is_refused_or_dropped(caplog, t
         make_collator("vicuna_v1", max_images=0)
 
 
+def test_a_row_that_is_cut_twice_counts_once():
+    short = talk(1)
+    limit = make_collator("vicuna_v1")([short])["input_ids"].shape[1]
+    collator = make_collator("vicuna_v1", max_images=2, max_length=limit)
+    batch = collator([talk(1, 1, 1), short])
+    assert batch["input_ids"].shape == (2, limit) and (collator.shortened, collator.dropped) == (1, 0)
+    collator = make_collator("vicuna_v1", max_images=1, max_length=limit, overlong="drop")
+    long = row(user("Hi " * 9, images=1), assistant("Yes"), user("And?", images=1), assistant("No"))
+    assert collator([long, short])["input_ids"].shape == (1, limit)
+    assert (collator.shortened, collator.dropped) == (0, 1)
+
+
 # What is written around them
 
 
@@ -265,6 +318,12 @@ def test_tags_are_context_not_answer():
 def test_tags_that_cannot_be_written_are_refused(tags):
     with pytest.raises(ValueError, match="expected words around one {}"):
         tag_images(tiny.make_processor(), twin("vicuna_v1"), tags)
+
+
+def test_tags_do_not_nest():
+    tagged = tag_images(tiny.make_processor(), twin("vicuna_v1"), "<Image>{}</Image>")
+    with pytest.raises(ValueError, match="has words around <image> already"):
+        tag_images(tiny.make_processor(), tagged, "<im_start>{}<im_end>")
 
 
 def test_a_template_that_does_not_write_the_image_token_out_is_refused():
@@ -311,15 +370,15 @@ def test_exactly_the_answers_of_interleaved_rows_train_alone_and_in_any_batch(ta
         for turn, (_, answer) in enumerate(exchanges):
             messages = conversation["messages"][: 2 * turn + 1]
             images = sum(part["type"] == "image" for message in messages for part in message["content"])
-            start = len(
-                processor.apply_chat_template(
-                    messages,
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    processor_kwargs={"images": [picture()] * images} if images else {},
-                )["input_ids"][0]
-            )
+            asked = processor.apply_chat_template(
+                messages,
+                add_generation_prompt=True,
+                tokenize=True,
+                return_dict=True,
+                processor_kwargs={"images": [picture()] * images} if images else {},
+            )["input_ids"][0]
+            start = len(asked)
+            assert ids[:start] == asked
             end = next(place for place in range(start, len(ids)) if ids[place] in collator.stop_token_ids) + 1
             assert processor.tokenizer.decode(ids[start : end - 1]).strip() == answer
             expected[start:end] = ids[start:end]

@@ -457,6 +457,48 @@ def test_a_system_column_beside_messages(tmp_path, streaming):
     ]
 
 
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"objects": {"ref": [], "bbox": [[1, 2, 3, 4]]}}, "found the key 'objects'"),
+        ({"videos": ["a.mp4"]}, "found the key 'videos'"),
+        ({"loss": False}, r"turn 1 with the keys \['role', 'content', 'loss'\]"),
+        ({"query": "Q", "response": "R"}, "the keys 'messages', and also 'query' and 'response'"),
+    ],
+    ids=["objects", "videos", "loss", "two shapes"],
+)
+def test_messages_in_parquet_are_read_where_they_say_more(tmp_path, change, message, streaming):
+    """As in JSON: what nothing here renders or trains otherwise is refused, not passed over."""
+    row = {"messages": chat("Which?", "Red."), "images": []} | change
+    if "loss" in row:
+        row["messages"][1]["loss"] = row.pop("loss")
+    pq.write_table(pa.Table.from_pylist([row]), tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match=message):
+        list(load_rows(tmp_path / "train.parquet", streaming=streaming))
+
+
+def test_empty_columns_of_ms_swift_say_nothing(tmp_path):
+    row = {"messages": chat("Which?", "Red."), "objects": {"ref": [], "bbox": []}}
+    (tmp_path / "rows.json").write_text(json.dumps([row, row | {"objects": {"ref": None, "bbox": None}}]))
+    assert len(load_rows(tmp_path / "rows.json")) == 2
+
+
+def test_paths_as_polars_writes_them_are_refused(tmp_path):
+    kind = pa.large_list(pa.large_string())
+    table = pa.table({"query": ["<image>"], "response": ["R"], "images": pa.array([["a.png"]], kind)})
+    pq.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="found paths in 'images'; expected the pictures themselves"):
+        load_rows(tmp_path / "train.parquet")
+
+
+@pytest.mark.parametrize("row", [{"query": "Q", "response": None}, {"conversations": None}])
+def test_a_null_is_named(tmp_path, row):
+    (tmp_path / "rows.json").write_text(json.dumps([row]))
+    with pytest.raises(ValueError, match="found '(response|conversations)': null; expected a conversation"):
+        load_rows(tmp_path / "rows.json")
+
+
 def test_a_parquet_file_can_be_sliced(tmp_path):
     rows = [{"query": str(number), "response": "R", "images": [b"x"] * (number % 2)} for number in range(10)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet")

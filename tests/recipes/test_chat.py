@@ -60,6 +60,11 @@ def test_pictures_stand_where_the_question_says(text, pictures, content):
     assert parts == [{"type": "text", "text": text} if text else {"type": "image"} for text in content]
 
 
+def test_an_empty_answer_stays_a_part():
+    """The released llava-1.6-mistral template reads the first part of every turn."""
+    assert chat.make_message("assistant", "")["content"] == [{"type": "text", "text": ""}]
+
+
 def talk(monkeypatch, capsys, lines, *flags):
     """Run the recipe with these lines on standard input; returns the answers and the notes beside them."""
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))

@@ -127,6 +127,8 @@ def check_labels(processor, rows, placement: str) -> None:
                 if "Onevision" in type(processor).__name__ and len(images) == 1 < len(conversation["images"]):
                     # A picture alone is cut into tiles, one of several is not: here a later turn brings another.
                     start += tiny.IMAGE_TOKENS + 1 - asked.count(processor.image_token_id)
+                else:
+                    assert ids[:start] == asked
                 end = ids.index(processor.tokenizer.eos_token_id, start) + 1
                 assert processor.decode(ids[start : end - 1]).strip() == message["content"][0]["text"]
                 expected[start:end] = ids[start:end]

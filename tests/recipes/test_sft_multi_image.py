@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCau
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 import build_llava
+import pretrain_projector
 import sft_full
 import sft_multi_image
 import tiny
@@ -116,6 +117,21 @@ def test_tags_are_saved_with_the_checkpoint(base, data, tmp_path):
         out = tmp_path / str(number)
         sft_full.main(command("sft_full", start, data, out, *tags))
         rendered = AutoProcessor.from_pretrained(out).apply_chat_template([tiny.user("Hi", images=1)])
+        assert rendered == "USER: <Image><image></Image>\nHi "
+
+
+def test_tags_survive_both_stages(base, data, tmp_path):
+    """Each stage takes a template by --chat_template_path, which TRL reads once more without the tags."""
+    tags = ["--image_tag_format", "<Image>{}</Image>", "--max_steps", "1"]
+    stage_1, stage_2 = tmp_path / "1", tmp_path / "2"
+    pretrain_projector.main(command("pretrain_projector", base(), data, stage_1, *tags))
+    assert AutoProcessor.from_pretrained(stage_1).apply_chat_template([tiny.user("Hi", images=1)]) == (
+        "<Image><image></Image>"
+    )
+    vicuna = ["--chat_template_path", str(chat_template_path("vicuna_v1")), "--save_steps", "1"]
+    sft_full.main(command("sft_full", str(stage_1), data, stage_2, *tags, *vicuna))
+    for saved in (stage_2, stage_2 / "checkpoint-1"):
+        rendered = AutoProcessor.from_pretrained(saved).apply_chat_template([tiny.user("Hi", images=1)])
         assert rendered == "USER: <Image><image></Image>\nHi "
 
 
