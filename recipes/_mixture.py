@@ -30,6 +30,7 @@ from _mixture_steps import (
     BadRow,
     Context,
     count_tokens,
+    decode_row,
     draw,
     encode_row,
     read_row,
@@ -158,13 +159,15 @@ class Segment:
         ]
         texts = []
         for position, item in enumerate(items, first):
+            row = decode_row(item) if isinstance(item, bytes) else item
             try:
-                encoded = isinstance(item, bytes)
-                row = json.loads(item) if encoded else read_row(item, self.image_prefix, self.source.name)
+                if row is item:
+                    row = read_row(item, self.image_prefix, self.source.name)
                 rows = self._run(row, position, contexts)
             except BadRow as error:
-                known = isinstance(item, dict) and item.get("id") is not None
-                part.bad.append((error.args[0], position, f"(id {item['id']!r}): " if known else "", error.args[1]))
+                known = isinstance(row, dict) and row.get("id") is not None
+                reason, message = error.args
+                part.bad.append((reason, f"{position} (id {row['id']!r})" if known else f"{position}", message))
                 continue
             for row in rows:
                 if self.last:
@@ -196,7 +199,7 @@ class Part:
 
     steps: list[Counter]
     lines: list[bytes] = field(default_factory=list)
-    bad: list[tuple[str, int, str, str]] = field(default_factory=list)  # reason, position, id, message
+    bad: list[tuple[str, str, str]] = field(default_factory=list)  # reason, position and id, message
     totals: Counter = field(default_factory=Counter)
 
 
@@ -236,12 +239,14 @@ def write_mixture(
 
     Raises:
         ValueError: Rows that cannot be used in a source without `drop_invalid` (the first five named), a `sample` of
-            more rows than there are, `truncate` without a tokenizer, or no row left.
+            more rows than there are, `truncate` without a tokenizer, no row left, or the output is a source.
     """
     truncates = [source.name for source in mixture.sources if any(name == "truncate" for name, _ in source.steps)]
     if truncates and tokenizer is None:
         raise ValueError(f"source {truncates[0]}: truncate counts tokens; pass --tokenizer")
     output = Path(output)
+    if os.path.realpath(output) in {os.path.realpath(source.path) for source in mixture.sources}:
+        raise ValueError(f"{output}: found that the output is also a source; pass another --output")
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = os.path.realpath(output.parent)
     partial_file = output.with_name(f"{output.name}.partial")
@@ -312,10 +317,10 @@ def _run_segment(
         for (number, _, _), counts in zip(segment.steps, part.steps, strict=True):
             report.steps[number].update(counts)
         report.totals.update(part.totals)
-        for reason, position, identity, message in part.bad:
+        for reason, which, message in part.bad:
             report.invalid[reason] += 1
             if len(report.named) < BAD_ROWS_SHOWN:
-                report.named.append(f"{source.path}, {place} {position} {identity}: {message}")
+                report.named.append(f"{source.path}, {place} {which}: {message}")
         invalid += len(part.bad)
         yield from part.lines
     if invalid and not source.drop_invalid:

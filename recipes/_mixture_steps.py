@@ -24,14 +24,17 @@ from collators.llava_json import PICTURE_TYPOS, ROLES
 
 IMAGE = "<image>"
 IMAGE_COLUMNS = PICTURE_TYPOS | {"image", "images"}
-SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
+NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
+SPEAKERS = {speaker: NAMES[role] for speaker, role in ROLES.items()}
+TURN_KEYS = {"from", "value"}
 MARKER = re.compile(r"<image>\n?|\n<image>")
 LEADING_MARKERS = re.compile(r"(?:<image>\n?)*")
 RUN_BYTES = 128 << 20  # lines that a sort holds in memory at once
 RUNS_OPEN = 100  # sorted runs on disk before they become one: systems allow 256 open files or more
 POSITION, DIGEST = 12, 32  # width of the hexadecimal sort keys in front of a line
 
-encode = json.JSONEncoder(ensure_ascii=False).encode
+_encode = json.JSONEncoder(ensure_ascii=False).encode
+_decode = json.JSONDecoder().decode
 
 
 class BadRow(ValueError):
@@ -105,21 +108,24 @@ def read_row(record: object, image_prefix: str, source: str) -> dict:
 
 
 def _read_turn(number: int, turn: object) -> dict:
-    keys = {key for key, value in turn.items() if value is not None} if isinstance(turn, dict) else None
-    if keys != {"from", "value"} or not isinstance(turn["from"], str) or not isinstance(turn["value"], str):
+    if not isinstance(turn, dict) or {key for key in turn if turn[key] is not None} != TURN_KEYS:
         found = f"found turn {number}: {repr(turn)[:80]}"
-        raise BadRow("a malformed turn", f"{found}; expected 'from' and 'value' alone, both strings.")
-    if turn["from"] not in ROLES:
-        found = f"found turn {number} from {turn['from']!r}"
-        raise BadRow("an unknown speaker", f"{found}; expected one of {', '.join(ROLES)}.")
-    return {"from": SPEAKERS[ROLES[turn["from"]]], "value": turn["value"]}
+        raise BadRow("a malformed turn", f"{found}; expected 'from' and 'value' alone.")
+    speaker, value = turn["from"], turn["value"]
+    if not isinstance(speaker, str) or speaker not in SPEAKERS:
+        found = f"found turn {number} from {speaker!r}"
+        raise BadRow("an unknown speaker", f"{found}; expected one of {', '.join(SPEAKERS)}.")
+    if not isinstance(value, str):
+        found = f"found turn {number} with a value of type {type(value).__name__}"
+        raise BadRow("a malformed turn", f"{found}; expected a string.")
+    return {"from": SPEAKERS[speaker], "value": value}
 
 
 def _read_images(record: dict) -> list[str]:
     image, images = record.get("image"), record.get("images")
     given = images if image is None else image
     if given is None and not any(record[key] for key in record if key.lower() in IMAGE_COLUMNS):
-        return []
+        return []  # a text-only row
     paths = [given] if isinstance(given, str) else given
     both = image is not None and images is not None
     if both or not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
@@ -134,8 +140,10 @@ def _read_images(record: dict) -> list[str]:
 
 def write_row(row: dict) -> dict:
     """The reverse of `read_row`: one picture goes into `image`, several into `images`, none into neither."""
-    images = row.pop("images")
-    return row if not images else {**row, "image": images[0]} if len(images) == 1 else {**row, "images": images}
+    columns = {name: value for name, value in row.items() if name not in ("images", "conversations")}
+    images = row["images"]
+    pictures = {} if not images else {"image": images[0]} if len(images) == 1 else {"images": images}
+    return {**columns, **pictures, "conversations": row["conversations"]}
 
 
 def _exchanges(row: dict) -> tuple[list[dict], list[list[dict]]]:
@@ -177,8 +185,10 @@ def add_prompt(row: dict, context: Context, *, prompt: str | list, every_turn: b
             text = question["value"].removeprefix(markers)
             if "{question}" in chosen:
                 text = chosen.replace("{question}", text)
-            else:
-                text = f"{text}\n{chosen}" if text else chosen
+            elif text:
+                text = f"{text}\n{chosen}"
+            else:  # a picture alone, as in captions
+                text = f"\n{chosen}" if markers and not markers.endswith("\n") else chosen
             question = {"from": "human", "value": f"{markers}{text}"}
         turns += [question, answer]
     yield {**row, "conversations": turns}
@@ -219,7 +229,7 @@ def sample_exchanges(row: dict, context: Context, *, at_most: int) -> Iterator[d
 
 
 def split_exchanges(row: dict, context: Context, *, at_most: int) -> Iterator[dict]:
-    """Cut a longer conversation into rows of `at_most` exchanges, each with the pictures so far and the system turn."""
+    """Cut a longer conversation into rows of `at_most` exchanges, each with system turn and pictures so far."""
     count = len(row["conversations"]) // 2
     if count <= at_most:
         yield row
@@ -286,19 +296,19 @@ def merge_same_image(lines: Iterable[bytes], context: Context) -> Iterator[bytes
 
 def _keyed_by_image(lines: Iterable[bytes]) -> Iterator[bytes]:
     for position, line in enumerate(lines):
-        row = json.loads(line)
+        row = decode_row(line)
         group = b"%0*x" % (DIGEST, position)
         if len(row["images"]) == 1:
             system, _ = _exchanges(row)
-            identity = repr((row["images"], system)).encode()
-            group = hashlib.blake2b(identity, digest_size=DIGEST // 2).hexdigest().encode()
+            identity = "\0".join([*row["images"], *(turn["value"] for turn in system)])
+            group = hashlib.blake2b(identity.encode(), digest_size=DIGEST // 2).hexdigest().encode()
         yield group + b"%0*x" % (POSITION, position) + line
 
 
 def _merge(lines: list[bytes], counts: Counter) -> bytes:
     if len(lines) == 1:
         return lines[0]
-    first, *others = (json.loads(line[POSITION:]) for line in lines)
+    first, *others = (decode_row(line[POSITION:]) for line in lines)
     for row in others:
         _, exchanges = _exchanges(row)
         for question, answer in exchanges:
@@ -365,7 +375,12 @@ def _spill(lines: Iterable[bytes], folder: str) -> IO[bytes]:
 
 def encode_row(row: dict) -> bytes:
     """A row as a line of JSON, in UTF-8."""
-    return encode(row).encode() + b"\n"
+    return _encode(row).encode() + b"\n"
+
+
+def decode_row(line: bytes) -> dict:
+    """The reverse of `encode_row`."""
+    return _decode(line.decode())
 
 
 @cache

@@ -63,7 +63,7 @@ def list_losses(summary):
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    if args.num_workers < 1 or not args.output.endswith(".jsonl"):
+    if args.num_workers < 1 or not args.output.lower().endswith(".jsonl"):
         found = f"--num_workers {args.num_workers}, --output {args.output}"
         raise ValueError(f"{found}: expected at least 1 process, and an output that ends in .jsonl")
     output, summary_file = Path(args.output), Path(f"{args.output}.summary.json")
@@ -77,7 +77,6 @@ def main(argv=None):
             "--output, or --overwrite to replace it"
         )
     else:
-        summary_file.unlink(missing_ok=True)
         options = dict(seed=args.seed, tokenizer=args.tokenizer, num_workers=args.num_workers)
         summary = write_mixture(mixture, output, **options)
         summary |= {"settings": settings, "output": stamp_content(output)}

@@ -1,0 +1,529 @@
+"""The steps of a mixture, its determinism, its refusals, and that its output is what `load_rows` takes."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import _mixture
+import _mixture_steps
+import prepare_mixture
+import tiny
+from _mixture_steps import sort_lines
+from collators import load_rows
+
+RECIPES = Path(__file__).parent.parent.parent / "recipes"
+SHORT = "Answer the question using a single word or phrase."
+
+
+def talk(*texts, image=None, **columns):
+    """A row of LLaVA JSON; `texts` alternate between human and gpt."""
+    turns = [{"from": "gpt" if at % 2 else "human", "value": text} for at, text in enumerate(texts)]
+    pictures = {} if image is None else {"images" if isinstance(image, list) else "image": image}
+    return {**columns, **pictures, "conversations": turns}
+
+
+def values(row):
+    return [turn["value"] for turn in row["conversations"]]
+
+
+def write(path, rows):
+    lines = [row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows]
+    text = "\n".join(lines) if path.suffix == ".jsonl" else f"[{', '.join(lines)}]"
+    path.write_text(text, encoding="utf-8")
+
+
+@pytest.fixture
+def mix(tmp_path, monkeypatch):
+    """`mix(rows, steps)`: run the recipe on one source, or on `sources`; returns the rows of its output."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(rows=None, steps=(), *flags, sources=None, shuffle=False, suffix=".jsonl", output="mix.jsonl", **source):
+        if rows is not None:
+            write(Path(f"rows{suffix}"), rows)
+        entry = {"name": "vqa", "path": f"rows{suffix}", "steps": list(steps), **source}
+        Path("mixture.yaml").write_text(yaml.safe_dump({"sources": sources or [entry], "shuffle": shuffle}))
+        prepare_mixture.main(["--output", output, *flags])
+        return [json.loads(line) for line in Path(output).read_text("utf-8").splitlines()]
+
+    return run
+
+
+def read_summary(output="mix.jsonl"):
+    return json.loads(Path(f"{output}.summary.json").read_text())
+
+
+def test_a_row_comes_out_as_it_went_in(mix):
+    rows = [
+        talk("<image>\nWhät?", "Ä cat.", image="a.png", id=7, box=[0, 0.5]),
+        talk("<image> and <image>?", "Both.", image=["a.png", "b/c.png"]),
+        talk("Hi", "Yes", image=None, id="7"),
+    ]
+    assert mix(rows) == [{**row, "source": "vqa"} for row in rows]
+    assert mix(rows, (), "--overwrite", suffix=".json") == [{**row, "source": "vqa"} for row in rows]
+
+
+def test_speakers_get_llavas_names(mix):
+    turns = [("system", "Be brief."), ("user", "A?"), ("assistant", "B.")]
+    (row,) = mix([{"conversations": [{"from": speaker, "value": value} for speaker, value in turns]}])
+    assert [turn["from"] for turn in row["conversations"]] == ["system", "human", "gpt"]
+
+
+STEPS = {
+    "merge": (
+        [
+            talk("<image>\nA?", "a", image="1.png", id=1),
+            talk("B?\n<image>", "b", image="2.png", id=2),
+            talk("Text?", "t", id=3),
+            talk("C? <image>", "c", image="1.png", id=4),
+            talk("<image><image>\nD?", "d", image=["1.png", "2.png"], id=5),
+            talk("Text?", "t", id=6),
+        ],
+        ["merge_same_image"],
+        [
+            talk("<image>\nA?", "a", "C? ", "c", image="1.png", id=1),
+            talk("B?\n<image>", "b", image="2.png", id=2),
+            talk("Text?", "t", id=3),
+            talk("<image><image>\nD?", "d", image=["1.png", "2.png"], id=5),
+            talk("Text?", "t", id=6),
+        ],
+    ),
+    "prompt": (
+        [talk("<image>\nA?", "a", "B?", "b", image="1.png"), talk("<image>", "c", image="1.png")],
+        [{"add_prompt": {"prompt": SHORT}}],
+        [
+            talk(f"<image>\nA?\n{SHORT}", "a", "B?", "b", image="1.png"),
+            talk(f"<image>\n{SHORT}", "c", image="1.png"),
+        ],
+    ),
+    "prompt on every turn": (
+        [talk("A?\n<image>", "a", "B?", "b", image="1.png")],
+        [{"add_prompt": {"prompt": SHORT, "every_turn": True}}],
+        [talk(f"A?\n<image>\n{SHORT}", "a", f"B?\n{SHORT}", "b", image="1.png")],
+    ),
+    "prompt around the question": (
+        [talk("<image>\n[0.1, 0.2, 0.3, 0.4]", "a", image="1.png")],
+        [{"add_prompt": {"prompt": "Describe {question}, briefly."}}],
+        [talk("<image>\nDescribe [0.1, 0.2, 0.3, 0.4], briefly.", "a", image="1.png")],
+    ),
+    "rotate": (
+        [talk("<image>\nWhere?", "sea", image="1.png", choices=["sky", "sea", "road"], id=1)],
+        ["rotate_choices", {"add_prompt": {"prompt": "Letter."}}],
+        [
+            talk("<image>\nWhere?\nA. sky\nB. sea\nC. road\nLetter.", "B", image="1.png", id=1),
+            talk("<image>\nWhere?\nA. sea\nB. road\nC. sky\nLetter.", "A", image="1.png", id=1),
+            talk("<image>\nWhere?\nA. road\nB. sky\nC. sea\nLetter.", "C", image="1.png", id=1),
+        ],
+    ),
+    "split": (
+        [talk("<image>\nA", "a", "B", "b", "C", "c", image="1.png"), talk("D", "d", "E", "e")],
+        [{"split_exchanges": {"at_most": 2}}],
+        [
+            talk("<image>\nA", "a", "B", "b", image="1.png"),
+            talk("<image>\nC", "c", image="1.png"),
+            talk("D", "d", "E", "e"),
+        ],
+    ),
+    "split, several pictures": (
+        [talk("<image> A", "a", "B <image>", "b", "C", "c", image=["1.png", "2.png"])],
+        [{"split_exchanges": {"at_most": 1}}],
+        [
+            talk("<image> A", "a", image="1.png"),
+            talk("<image>\nB <image>", "b", image=["1.png", "2.png"]),
+            talk("<image>\n<image>\nC", "c", image=["1.png", "2.png"]),
+        ],
+    ),
+    "repeat": (
+        [talk("A", "a"), talk("<image>B", "b", image="1.png")],
+        [{"repeat": {"times": 2}}],
+        [talk("A", "a"), talk("A", "a"), talk("<image>B", "b", image="1.png"), talk("<image>B", "b", image="1.png")],
+    ),
+    "drop empty": (
+        [talk("A", " \n"), talk("<image>", "b", image="1.png"), talk("", "c")],
+        ["drop_empty"],
+        [talk("<image>", "b", image="1.png")],
+    ),
+    "share over one": (
+        [talk("A", "a"), talk("B", "b")],
+        [{"sample": {"share": 2}}],
+        [talk("A", "a")] * 2 + [talk("B", "b")] * 2,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_gives_these_rows(mix, name):
+    rows, steps, expected = STEPS[name]
+    assert mix(rows, steps) == [{**row, "source": "vqa"} for row in expected]
+
+
+def test_a_system_turn_opens_every_segment(mix):
+    turns = [("system", "S"), ("human", "A"), ("gpt", "a"), ("human", "B"), ("gpt", "b")]
+    row = {"conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
+    assert list(map(values, mix([row], [{"split_exchanges": {"at_most": 1}}]))) == [["S", "A", "a"], ["S", "B", "b"]]
+
+
+def test_one_of_several_prompts_is_drawn_for_each_row(mix):
+    rows = mix([talk("A", "a")] * 200, [{"add_prompt": {"prompt": ["P", "Q"]}}])
+    drawn = [values(row)[0] for row in rows]
+    assert set(drawn) == {"A\nP", "A\nQ"}
+    assert 60 < drawn.count("A\nP") < 140
+
+
+def test_exchanges_are_drawn_in_their_order_with_the_picture(mix):
+    texts = [text for at in range(20) for text in (f"{'<image>' if at == 3 else ''}{at}", str(at))]
+    (row,) = mix([talk(*texts, image="1.png")], [{"sample_exchanges": {"at_most": 10}}])
+    numbers = [int(text) for text in values(row)[1::2]]
+    assert len(numbers) == 10 and numbers == sorted(set(numbers)) and numbers != list(range(10))
+    assert "".join(values(row)).count("<image>") == 1 and row["image"] == "1.png"
+    assert read_summary()["sources"][0]["steps"][0]["left_out"] == {"exchanges not drawn": 10}
+
+
+@pytest.mark.parametrize(("options", "count"), [({"rows": 37}, 37), ({"share": 0.25}, 25), ({"share": 1.5}, 150)])
+def test_a_sample_is_exact_and_keeps_the_order(mix, options, count):
+    rows = mix([talk("A", "a", id=at) for at in range(100)], [{"sample": options}])
+    ids = [row["id"] for row in rows]
+    assert len(ids) == count and ids == sorted(ids)
+    assert ids[:count] != list(range(count))
+    assert max(ids.count(at) for at in range(100)) == (2 if count > 100 else 1)
+
+
+def test_every_row_is_drawn_equally_often(mix):
+    drawn = [0] * 20
+    for seed in range(60):
+        flags = ("--overwrite", "--seed", str(seed))
+        for row in mix([talk("A", "a", id=at) for at in range(20)], [{"sample": {"rows": 10}}], *flags):
+            drawn[row["id"]] += 1
+    assert sum(drawn) == 600
+    assert min(drawn) > 15 and max(drawn) < 45  # 30 expected, standard deviation 3.9
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny.byte_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+def test_tokens_are_counted_without_pictures_and_long_rows_cut(mix, tokenizer):
+    count = len(tiny.byte_tokenizer()("Is the number even or odd?", add_special_tokens=False)["input_ids"])
+    question = "Is the number even or odd?"
+    rows = [
+        talk(f"<image>\n{question}", question, question, question, question, question, image="1.png", id=1),
+        talk(question * 3, question * 3, id=2),
+        talk(question, question, id=3),
+    ]
+    kept = mix(rows, [{"truncate": {"tokens": 5 * count}}], "--tokenizer", tokenizer)
+    assert [(row["id"], len(row["conversations"])) for row in kept] == [(1, 4), (3, 2)]
+    (source,) = read_summary()["sources"]
+    assert source["tokens"] == 6 * count
+    assert source["steps"][0]["left_out"] == {
+        f"exchanges beyond {5 * count} tokens": 1,
+        f"rows with more than {5 * count} tokens in the first exchange": 1,
+    }
+
+
+def test_the_summary_accounts_for_every_row(mix, capsys):
+    rows = [talk(f"<image>{at}?", str(at), image=f"{at % 4}.png") for at in range(10)] + [talk("A", "")]
+    mix(rows, ["drop_empty", "merge_same_image", {"sample": {"rows": 3}}, {"repeat": {"times": 2}}])
+    summary = read_summary()
+    (source,) = summary["sources"]
+    flow = [(step["step"], step["rows_in"], step["rows_out"], step["left_out"]) for step in source["steps"]]
+    assert flow == [
+        ("drop_empty", 11, 10, {"rows with an empty turn": 1}),
+        ("merge_same_image", 10, 4, {"rows joined to one of the same picture": 6}),
+        ("sample", 4, 3, {"rows not drawn": 1}),
+        ("repeat", 3, 6, {}),
+    ]
+    output = [json.loads(line) for line in Path("mix.jsonl").read_text().splitlines()]
+    assert summary["total"] == {
+        "tokens": None,
+        "rows_read": 11,
+        "rows": 6,
+        "turns": sum(len(row["conversations"]) for row in output),
+        "pictures": 6,
+    }
+    printed = capsys.readouterr().out
+    assert "vqa, sample: 1 rows not drawn" in printed and "–" in printed
+
+
+def two_sources(count=300):
+    write(Path("one.jsonl"), [talk(f"<image>{at}?", str(at), image=f"{at % 97}.png", id=at) for at in range(count)])
+    write(Path("two.json"), [talk("A", "a", "B", "b", "C", "c", id=f"t{at}") for at in range(count)])
+    one = ["merge_same_image", {"add_prompt": {"prompt": ["P", "Q", "R"]}}, {"sample": {"share": 0.7}}]
+    two = [{"sample_exchanges": {"at_most": 2}}, {"repeat": {"times": 2}}]
+    return [{"path": "one.jsonl", "steps": one}, {"path": "two.json", "steps": two}]
+
+
+def test_neither_processes_nor_runs_on_disk_change_a_byte(mix, monkeypatch):
+    monkeypatch.setattr(_mixture, "CHUNK_ROWS", 64)
+    sources = two_sources()
+    outputs = []
+    for workers, run_bytes in ((1, 1 << 20), (2, 1 << 20), (1, 3000)):
+        monkeypatch.setattr(_mixture_steps, "RUN_BYTES", run_bytes)
+        monkeypatch.setattr(_mixture_steps, "RUNS_OPEN", 3)
+        mix(None, (), "--num_workers", str(workers), "--overwrite", sources=sources, shuffle=True)
+        outputs.append(Path("mix.jsonl").read_bytes())
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert not list(Path().glob("*.partial"))
+
+
+def test_the_seed_decides_the_draws(mix):
+    sources = two_sources()
+    first = mix(None, sources=sources)
+    assert mix(None, (), "--seed", "42", "--overwrite", sources=sources) == first
+    assert mix(None, (), "--seed", "43", "--overwrite", sources=sources) != first
+
+
+def test_sources_follow_each_other_unless_shuffled(mix):
+    sources = two_sources(100)
+    kept = mix(None, sources=sources)
+    names = [row["source"] for row in kept]
+    assert names == sorted(names) and set(names) == {"one", "two"}
+    shuffled = mix(None, (), "--overwrite", sources=sources, shuffle=True)
+    assert shuffled != kept
+    assert sorted(map(json.dumps, shuffled)) == sorted(map(json.dumps, kept))
+
+
+@given(st.lists(st.binary(max_size=40).map(lambda text: text.replace(b"\n", b"") + b"\n"), max_size=60))
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
+def test_sorting_on_disk_is_sorting(tmp_path, lines):
+    bytes_held, runs_open = _mixture_steps.RUN_BYTES, _mixture_steps.RUNS_OPEN
+    _mixture_steps.RUN_BYTES, _mixture_steps.RUNS_OPEN = 50, 2
+    try:
+        assert list(sort_lines(lines, str(tmp_path))) == sorted(lines)
+    finally:
+        _mixture_steps.RUN_BYTES, _mixture_steps.RUNS_OPEN = bytes_held, runs_open
+
+
+def test_a_second_run_does_nothing(mix, capsys):
+    rows = [talk("A", "a", id=at) for at in range(5)]
+    mix(rows)
+    before = os.stat("mix.jsonl")
+    os.utime("mix.jsonl.summary.json", ns=(0, 0))
+    capsys.readouterr()
+    prepare_mixture.main(["--output", "mix.jsonl", "--num_workers", "2"])
+    assert "mix.jsonl is up to date" in capsys.readouterr().out
+    assert (os.stat("mix.jsonl").st_mtime_ns, os.stat("mix.jsonl").st_ino) == (before.st_mtime_ns, before.st_ino)
+    assert os.stat("mix.jsonl.summary.json").st_mtime_ns == 0
+
+
+@pytest.mark.parametrize("change", ["seed", "input", "steps", "output", "summary"])
+def test_an_output_of_other_settings_is_not_replaced_unasked(mix, change):
+    rows = [talk("A", "a", id=at) for at in range(5)]
+    mix(rows)
+    flags, steps = (), ()
+    if change == "output":
+        with open("mix.jsonl", "a") as file:
+            file.write("{}\n")
+    elif change == "summary":
+        Path("mix.jsonl.summary.json").unlink()
+    elif change == "input":
+        rows[0]["id"] = 9
+    elif change == "steps":
+        steps = ["drop_empty"]
+    else:
+        flags = ("--seed", "1")
+    before = Path("mix.jsonl").read_bytes()
+    given_rows = rows if change == "input" else None
+    with pytest.raises(FileExistsError, match="--overwrite to replace it"):
+        mix(given_rows, steps, *flags)
+    assert Path("mix.jsonl").read_bytes() == before
+    assert len(mix(given_rows, steps, *flags, "--overwrite")) == 5
+
+
+BAD_ROWS = {
+    "unreadable JSON": '{"id": 1,',
+    "not an object": "7",
+    "no conversations": {"conversation": []},
+    "a malformed turn": {"conversations": [{"from": "human", "text": "A"}]},
+    "an unknown speaker": {"conversations": [{"from": "me", "value": "A"}]},
+    "turns out of order": talk("A", "a", "B"),
+    "<image> and pictures differ": talk("A", "a", image="1.png"),
+    "unclear pictures": {**talk("A", "a"), "img": "1.png"},
+}
+
+
+@pytest.mark.parametrize("reason", BAD_ROWS)
+def test_a_bad_row_stops_the_run_or_is_counted(mix, reason, capsys):
+    rows = [talk("A", "a", id="good"), BAD_ROWS[reason]]
+    with pytest.raises(ValueError, match=r"1 rows cannot be used \(1 ") as caught:
+        mix(rows)
+    assert "rows.jsonl, row 1" in str(caught.value) and f"1 {reason}" in str(caught.value)
+    assert "found" in str(caught.value) and "expected" in str(caught.value)
+    assert not list(Path().glob("mix*.jsonl*"))
+
+    assert [row["id"] for row in mix(rows, drop_invalid=True)] == ["good"]
+    (source,) = read_summary()["sources"]
+    assert source["rows_read"] == 2 and source["invalid"] == {reason: 1}
+    assert "rows.jsonl, row 1" in source["first_invalid"][0]
+    assert f"vqa: 1 invalid rows: {reason}" in capsys.readouterr().out
+
+
+def test_five_bad_rows_are_named_and_all_are_counted(mix):
+    with pytest.raises(ValueError) as caught:
+        mix([*([talk("A")] * 7), talk("A", "a"), *([talk("<image>", "a")] * 4)])
+    assert "11 rows cannot be used (7 turns out of order, 4 <image> and pictures differ)" in str(caught.value)
+    assert str(caught.value).count("rows.jsonl, row") == 5
+
+
+def test_a_step_names_the_row_it_cannot_use(mix):
+    rows = [talk("A", "x", choices=["x", "y"], id="fine"), talk("B", "z", choices=["x", "y"], id="off")]
+    with pytest.raises(ValueError, match=r"row 1 \(id 'off'\): found 'choices': \['x', 'y'\] with 2 turns"):
+        mix(rows, ["rotate_choices"])
+    assert {row["id"] for row in mix(rows, ["rotate_choices"], drop_invalid=True)} == {"fine"}
+
+
+def test_what_stands_behind_a_break_in_a_list_is_not_lost_silently(mix):
+    Path("rows.json").write_text('[{"conversations": []}, {"id": , }, {"conversations": []}]')
+    with pytest.raises(ValueError, match="What stands behind it in the list cannot be read"):
+        mix(None, suffix=".json", drop_invalid=True)
+
+
+def test_missing_pictures_are_dropped_when_asked(mix):
+    Path("pictures").mkdir()
+    tiny.picture().save("pictures/1.png")
+    rows = [talk("<image>", "a", image=f"{at}.png", id=at) for at in range(3)]
+    kept = mix(rows, ["drop_missing_images"], image_folder="pictures", output="out/mix.jsonl")
+    assert [(row["id"], row["image"]) for row in kept] == [(1, "../pictures/1.png")]
+    assert read_summary("out/mix.jsonl")["sources"][0]["steps"][0]["left_out"] == {"rows with a missing picture": 2}
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_the_output_loads_and_finds_its_pictures(mix, tmp_path, linked):
+    folder = tmp_path / "elsewhere" / "deep"
+    folder.mkdir(parents=True)
+    if linked:
+        os.symlink(folder, "out")
+    Path("pictures").mkdir()
+    for at in range(2):
+        tiny.picture().save(f"pictures/{at}.png")
+    absolute = str(tmp_path / "pictures" / "1.png")
+    rows = [
+        talk("<image>\nA?", "a", image="0.png", id=1, box=[1]),
+        talk("<image>\nA?", "a", image=absolute, id="2"),
+        talk("<image> <image>", "a", image=["0.png", "1.png"]),
+        talk("Hi", "b"),
+    ]
+    mix(rows, image_folder="pictures", output="out/mix.jsonl")
+    loaded = load_rows("out/mix.jsonl")
+    assert [len(row["images"]) for row in loaded] == [1, 1, 2, 0]
+    assert all(os.path.samefile(row["images"][0], "pictures/0.png") for row in (loaded[0], loaded[2]))
+    assert loaded["source"] == ["vqa"] * 4 and loaded["id"] == [1, "2", None, None]
+    assert len(list(load_rows("out/mix.jsonl", streaming=True))) == 4
+
+
+TURNS = st.lists(
+    st.fixed_dictionaries(
+        {"from": st.sampled_from(["human", "gpt", "user", "system"]), "value": st.sampled_from(["A", "<image>B", ""])},
+        optional={"note": st.none() | st.just("x")},
+    ),
+    max_size=4,
+)
+PICTURES = st.sampled_from([None, "1.png", "", [], ["1.png"], ["1.png", "1.png"], 7])
+ROWS = st.fixed_dictionaries(
+    {"conversations": st.just(talk("<image>A", "a")["conversations"]) | TURNS},
+    optional={"image": PICTURES, "images": PICTURES, "img": PICTURES, "id": st.integers() | st.text(max_size=3)},
+)
+
+
+@given(st.lists(ROWS, max_size=8))
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_is_left_of_any_rows_loads(mix, rows):
+    if not Path("1.png").exists():
+        tiny.picture().save("1.png")
+    steps = ["merge_same_image", {"split_exchanges": {"at_most": 1}}, {"add_prompt": {"prompt": SHORT}}]
+    good = talk("<image>A", "a", image="1.png")
+    kept = mix([good, *rows], steps, "--overwrite", drop_invalid=True)
+    loaded = list(load_rows("mix.jsonl", streaming=True))
+    assert len(loaded) == len(kept) >= 1
+    (source,) = read_summary()["sources"]
+    assert source["rows_read"] == len(rows) + 1 == source["steps"][0]["rows_in"] + sum(source["invalid"].values())
+
+
+BAD_SETTINGS = {
+    "an unknown key": ({"path": "rows.jsonl", "weight": 2}, "expected some of the keys name, path, image_folder"),
+    "no path": ({"name": "a"}, "at least path"),
+    "a wrong type": ({"path": "rows.jsonl", "drop_invalid": "yes"}, "expected bool"),
+    "an unknown step": ({"path": "rows.jsonl", "steps": ["merge"]}, "expected one of the steps add_prompt, rotate"),
+    "an unknown option": ({"path": "rows.jsonl", "steps": [{"repeat": {"n": 2}}]}, "expected the options times"),
+    "a missing option": ({"path": "rows.jsonl", "steps": ["repeat"]}, "expected the options times"),
+    "an option too many": ({"path": "rows.jsonl", "steps": [{"drop_empty": {"a": 1}}]}, "expected the options none"),
+    "a wrong option": ({"path": "rows.jsonl", "steps": [{"repeat": {"times": "2"}}]}, "expected int"),
+    "none of it": ({"path": "rows.jsonl", "steps": [{"repeat": {"times": 0}}]}, "a number above 0"),
+    "true for a number": ({"path": "rows.jsonl", "steps": [{"repeat": {"times": True}}]}, "expected int"),
+    "no prompts": ({"path": "rows.jsonl", "steps": [{"add_prompt": {"prompt": []}}]}, "expected str | list"),
+    "rows and share": ({"path": "rows.jsonl", "steps": [{"sample": {"rows": 1, "share": 1}}]}, "either rows or share"),
+    "neither": ({"path": "rows.jsonl", "steps": ["sample"]}, "either rows or share"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_SETTINGS)
+def test_a_bad_mixture_file_is_refused_with_what_is_known(mix, name):
+    source, message = BAD_SETTINGS[name]
+    write(Path("rows.jsonl"), [talk("A", "a")])
+    with pytest.raises(ValueError) as caught:
+        mix(sources=[source])
+    assert "mixture.yaml, sources[0]" in str(caught.value) and message in str(caught.value)
+
+
+def test_sources_need_files_and_names_of_their_own(mix):
+    with pytest.raises(FileNotFoundError, match="no .json or .jsonl file at rows.jsonl"):
+        mix()
+    write(Path("rows.jsonl"), [talk("A", "a")])
+    with pytest.raises(FileNotFoundError, match="no folder at nowhere"):
+        mix(image_folder="nowhere")
+    with pytest.raises(ValueError, match="each with its own name"):
+        mix(sources=[{"path": "rows.jsonl"}] * 2)
+
+
+def test_runs_that_cannot_end_well_are_refused(mix):
+    rows = [talk("A", "a")]
+    with pytest.raises(ValueError, match="source vqa: sample found 1 rows; expected at least 2"):
+        mix(rows, [{"sample": {"rows": 2}}])
+    with pytest.raises(ValueError, match="source vqa: truncate counts tokens; pass --tokenizer"):
+        mix(rows, [{"truncate": {"tokens": 9}}])
+    with pytest.raises(ValueError, match="no row is left of 1"):
+        mix([talk("A", "")], ["drop_empty"])
+    with pytest.raises(ValueError, match="the output is also a source"):
+        mix(rows, (), "--overwrite", output="rows.jsonl")
+    with pytest.raises(ValueError, match="an output that ends in .jsonl"):
+        mix(rows, output="mix.json")
+    assert sorted(path.name for path in Path().iterdir()) == ["mixture.yaml", "rows.jsonl"]
+
+
+def test_llavas_own_mixture_runs_on_rows_as_the_datasets_come(tmp_path, monkeypatch, tokenizer):
+    monkeypatch.chdir(tmp_path)
+    preset = yaml.safe_load((RECIPES / "llava_v1_5_mixture.yaml").read_text())
+    names = [source["name"] for source in preset["sources"]]
+    assert names == ["llava", "sharegpt", "vqav2", "gqa", "okvqa", "ocrvqa", "aokvqa", "textcaps", "refcoco", "vg"]
+    Path("data/images").mkdir(parents=True)
+    for source in preset["sources"]:
+        picture = None if source["name"] == "sharegpt" else "1.png"
+        rows = [talk("<image>\nA?" if picture else "A?", "x", image=picture, choices=["x", "y"])] * 12
+        write(Path(source["path"]), rows)
+        for step in source.get("steps", []):
+            if "sample" in step:
+                assert step == {"sample": {"rows": 80000}}
+                step["sample"]["rows"] = 1
+    Path("mixture.yaml").write_text(yaml.safe_dump(preset))
+    prepare_mixture.main(["--output", "mix.jsonl", "--tokenizer", tokenizer])
+    written = {source["name"]: (source["rows"], source["turns"]) for source in read_summary()["sources"]}
+    assert written == {
+        "llava": (12, 24),
+        "sharegpt": (12, 24),
+        "vqav2": (1, 24),
+        "gqa": (1, 24),
+        "okvqa": (1, 24),
+        "ocrvqa": (1, 24),
+        "aokvqa": (24, 48),
+        "textcaps": (1, 2),
+        "refcoco": (2, 24),
+        "vg": (1, 20),
+    }
+    shutil.rmtree("data")
