@@ -32,6 +32,7 @@ LEADING_MARKERS = re.compile(r"(?:<image>\n?)*")
 RUN_BYTES = 128 << 20  # lines that a sort holds in memory at once
 RUNS_OPEN = 100  # sorted runs on disk before they become one: systems allow 256 open files or more
 POSITION, DIGEST = 12, 32  # width of the hexadecimal sort keys in front of a line
+ALONE = b"-" * DIGEST
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
 _decode = json.JSONDecoder().decode
@@ -288,21 +289,27 @@ def merge_same_image(lines: Iterable[bytes], context: Context) -> Iterator[bytes
     The joined row has the first row's columns and stands in the first row's place; only the first question that had
     the picture keeps its `<image>`. Rows with no picture or several pass through.
     """
-    by_image = sort_lines(_keyed_by_image(lines), context.folder)
-    groups = groupby(by_image, key=lambda line: line[:DIGEST])
-    merged = (_merge([line[DIGEST:] for line in group], context.counts) for _, group in groups)
+    numbered = (line[:DIGEST] + b"%0*x" % (POSITION, position) + line[DIGEST:] for position, line in enumerate(lines))
+    merged = _merge_groups(sort_lines(numbered, context.folder), context.counts)
     return (line[POSITION:] for line in sort_lines(merged, context.folder))
 
 
-def _keyed_by_image(lines: Iterable[bytes]) -> Iterator[bytes]:
-    for position, line in enumerate(lines):
-        row = decode_row(line)
-        group = b"%0*x" % (DIGEST, position)
-        if len(row["images"]) == 1:
-            system, _ = _exchanges(row)
-            identity = "\0".join([*row["images"], *(turn["value"] for turn in system)])
-            group = hashlib.blake2b(identity.encode(), digest_size=DIGEST // 2).hexdigest().encode()
-        yield group + b"%0*x" % (POSITION, position) + line
+def image_key(row: dict) -> bytes:
+    """What `merge_same_image` wants in front of a line: equal for rows that belong together, `ALONE` for others."""
+    if len(row["images"]) != 1:
+        return ALONE
+    system, _ = _exchanges(row)
+    identity = "\0".join([*row["images"], *(turn["value"] for turn in system)])
+    return hashlib.blake2b(identity.encode(), digest_size=DIGEST // 2).hexdigest().encode()
+
+
+def _merge_groups(lines: Iterable[bytes], counts: Counter) -> Iterator[bytes]:
+    for digest, group in groupby(lines, key=lambda line: line[:DIGEST]):
+        group = (line[DIGEST:] for line in group)
+        if digest == ALONE:
+            yield from group
+        else:
+            yield _merge(list(group), counts)
 
 
 def _merge(lines: list[bytes], counts: Counter) -> bytes:
@@ -403,4 +410,5 @@ ROW_STEPS = {
     )
 }
 STREAM_STEPS = {step.__name__: step for step in (merge_same_image, sample)}
+KEYS = {"merge_same_image": image_key}  # what a stream step wants in front of its lines
 STEPS = ROW_STEPS | STREAM_STEPS
