@@ -34,6 +34,7 @@ from _mixture_steps import (
     decode_row,
     draw,
     encode_row,
+    load_tokenizer,
     read_row,
     sort_lines,
     write_row,
@@ -97,12 +98,12 @@ def load_mixture(path: str | os.PathLike) -> Mixture:
 
 
 def _check_keys(where: str, found: object, kind: type, defaults: tuple[str, ...] = ()) -> dict:
-    known = {known.name: known for known in fields(kind)}
-    required = {name for name, known in known.items() if known.default is known.default_factory is MISSING}
-    if not isinstance(found, dict) or found.keys() - known or required - {*defaults} - found.keys():
+    known = {key.name: key for key in fields(kind)}
+    required = {name for name, key in known.items() if key.default is key.default_factory is MISSING} - {*defaults}
+    if not isinstance(found, dict) or found.keys() - known or required - found.keys():
         keys = list(found) if isinstance(found, dict) else repr(found)[:80]
-        needed = ", ".join(sorted(required - {*defaults}))
-        raise ValueError(f"{where}: found {keys}; expected some of the keys {', '.join(known)}, at least {needed}")
+        needed = f"{', '.join(known)}, at least {', '.join(required)}"
+        raise ValueError(f"{where}: found {keys}; expected some of the keys {needed}")
     for name, value in found.items():
         wanted = get_origin(known[name].type) or known[name].type
         if not isinstance(value, wanted):
@@ -140,6 +141,16 @@ def _check_step(where: str, step: object) -> tuple[str, dict]:
 
 
 @dataclass
+class Part:
+    """What a segment made of one chunk."""
+
+    steps: list[Counter]
+    lines: list[bytes] = field(default_factory=list)
+    bad: list[tuple[str, str, str]] = field(default_factory=list)  # reason, position and id, message
+    totals: Counter = field(default_factory=Counter)
+
+
+@dataclass
 class Segment:
     """Neighbouring row steps of a source, and what a process needs to run them."""
 
@@ -152,7 +163,7 @@ class Segment:
     key: Callable[[dict], bytes] | None = None  # what goes in front of each line
     last: bool = False
 
-    def __call__(self, chunk: tuple[int, list]) -> "Part":
+    def __call__(self, chunk: tuple[int, list]) -> Part:
         """Run the steps on a chunk: the position of its first row, and records (not yet read) or encoded rows."""
         first, items = chunk
         part = Part(steps=[Counter() for _ in self.steps])
@@ -198,16 +209,6 @@ class Segment:
 
 
 @dataclass
-class Part:
-    """What a segment made of one chunk."""
-
-    steps: list[Counter]
-    lines: list[bytes] = field(default_factory=list)
-    bad: list[tuple[str, str, str]] = field(default_factory=list)  # reason, position and id, message
-    totals: Counter = field(default_factory=Counter)
-
-
-@dataclass
 class Report:
     """What became of a source."""
 
@@ -248,6 +249,8 @@ def write_mixture(
     truncates = [source.name for source in mixture.sources if any(name == "truncate" for name, _ in source.steps)]
     if truncates and tokenizer is None:
         raise ValueError(f"source {truncates[0]}: truncate counts tokens; pass --tokenizer")
+    if tokenizer is not None:
+        load_tokenizer(tokenizer)  # a wrong name shows now, not after the first sort
     output = Path(output)
     if os.path.realpath(output) in {os.path.realpath(source.path) for source in mixture.sources}:
         raise ValueError(f"{output}: found that the output is also a source; pass another --output")

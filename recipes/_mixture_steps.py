@@ -391,14 +391,15 @@ def decode_row(line: bytes) -> dict:
 
 
 @cache
-def _load_tokenizer(name: str):
+def load_tokenizer(name: str):
+    """The tokenizer in a folder or of a hub id, loaded once a process."""
     return AutoTokenizer.from_pretrained(name)
 
 
 def count_tokens(tokenizer: str, texts: list[str]) -> list[int]:
     """Tokens of each text without `<image>` and without special tokens; `tokenizer` is a folder or hub id."""
     texts = [MARKER.sub("", text) for text in texts]
-    ids = _load_tokenizer(tokenizer)(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    ids = load_tokenizer(tokenizer)(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [len(text_ids) for text_ids in ids]
 
 

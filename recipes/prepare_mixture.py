@@ -68,7 +68,8 @@ def main(argv=None):
         raise ValueError(f"{found}: expected at least 1 process, and an output that ends in .jsonl")
     output, summary_file = Path(args.output), Path(f"{args.output}.summary.json")
     mixture = load_mixture(args.config)
-    settings = stamp(mixture, output, seed=args.seed, tokenizer=args.tokenizer)
+    options = dict(seed=args.seed, tokenizer=args.tokenizer)
+    settings = stamp(mixture, output, **options)
     if output.exists() and is_current(output, summary_file, settings):
         summary, news = json.loads(summary_file.read_text("utf-8")), "is up to date"
     elif output.exists() and not args.overwrite:
@@ -77,8 +78,9 @@ def main(argv=None):
             "--output, or --overwrite to replace it"
         )
     else:
-        options = dict(seed=args.seed, tokenizer=args.tokenizer, num_workers=args.num_workers)
-        summary = write_mixture(mixture, output, **options)
+        summary = write_mixture(mixture, output, num_workers=args.num_workers, **options)
+        if stamp(mixture, output, **options) != settings:
+            raise ValueError(f"{output}: a source changed while it was read; run again with --overwrite")
         summary |= {"settings": settings, "output": stamp_content(output)}
         summary_file.write_text(json.dumps(summary, indent=2, ensure_ascii=False), encoding="utf-8")
         news = "is written"

@@ -2,7 +2,8 @@
 
 import json
 import os
-import shutil
+import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,26 @@ def mix(tmp_path, monkeypatch):
         return [json.loads(line) for line in Path(output).read_text("utf-8").splitlines()]
 
     return run
+
+
+def test_the_example_of_the_documentation(tmp_path, monkeypatch):
+    text = (RECIPES.parent / "docs" / "mixture.md").read_text(encoding="utf-8")
+    (mixture,) = re.findall(r"```yaml\n(.*?)```", text, re.S)
+    vqa, chats, mixed = re.findall(r"```jsonl\n(.*?)```", text, re.S)
+    monkeypatch.chdir(tmp_path)
+    Path("data/images").mkdir(parents=True)
+    for file, content in (("mixture.yaml", mixture), ("data/vqa.jsonl", vqa), ("data/chats.jsonl", chats)):
+        Path(file).write_text(content, encoding="utf-8")
+    prepare_mixture.main(["--config", "mixture.yaml", "--output", "mixed/mix.jsonl"])
+    assert Path("mixed/mix.jsonl").read_text(encoding="utf-8") == mixed
+    assert read_summary("mixed/mix.jsonl")["sources"][1]["invalid"] == {"turns out of order": 1}
+
+
+def test_the_documentation_names_every_step_and_key():
+    text = (RECIPES.parent / "docs" / "mixture.md").read_text(encoding="utf-8")
+    named = re.findall(r"^\| `(\w+)", text, re.M)
+    keys = {known.name for kind in (_mixture.Mixture, _mixture.Source) for known in fields(kind)}
+    assert set(named) == keys | _mixture_steps.STEPS.keys()
 
 
 def read_summary(output="mix.jsonl"):
@@ -166,6 +187,18 @@ def test_a_system_turn_opens_every_segment(mix):
     turns = [("system", "S"), ("human", "A"), ("gpt", "a"), ("human", "B"), ("gpt", "b")]
     row = {"conversations": [{"from": speaker, "value": value} for speaker, value in turns]}
     assert list(map(values, mix([row], [{"split_exchanges": {"at_most": 1}}]))) == [["S", "A", "a"], ["S", "B", "b"]]
+
+
+def test_rows_with_another_system_turn_are_not_joined(mix):
+    rows = [talk("<image>A", "a", image="1.png", id=at) for at in range(3)]
+    rows[1]["conversations"].insert(0, {"from": "system", "value": "S"})
+    assert [(row["id"], len(row["conversations"])) for row in mix(rows, ["merge_same_image"])] == [(0, 4), (1, 3)]
+
+
+def test_a_wrong_tokenizer_stops_before_rows_are_read(mix, capsys):
+    with pytest.raises(OSError):
+        mix([talk("A", "a")], (), "--tokenizer", "no/such/folder")
+    assert "vqa" not in capsys.readouterr().out
 
 
 def test_one_of_several_prompts_is_drawn_for_each_row(mix):
@@ -311,6 +344,17 @@ def test_a_second_run_does_nothing(mix, capsys):
     assert "mix.jsonl is up to date" in capsys.readouterr().out
     assert (os.stat("mix.jsonl").st_mtime_ns, os.stat("mix.jsonl").st_ino) == (before.st_mtime_ns, before.st_ino)
     assert os.stat("mix.jsonl.summary.json").st_mtime_ns == 0
+
+
+def test_a_source_that_changes_meanwhile_is_noticed(mix, monkeypatch):
+    def write_and_change(*args, **kwargs):
+        summary = _mixture.write_mixture(*args, **kwargs)
+        write(Path("rows.jsonl"), [talk("A", "b")])
+        return summary
+
+    monkeypatch.setattr(prepare_mixture, "write_mixture", write_and_change)
+    with pytest.raises(ValueError, match="a source changed while it was read"):
+        mix([talk("A", "a")])
 
 
 @pytest.mark.parametrize("change", ["seed", "input", "steps", "output", "summary"])
@@ -526,4 +570,3 @@ def test_llavas_own_mixture_runs_on_rows_as_the_datasets_come(tmp_path, monkeypa
         "refcoco": (2, 24),
         "vg": (1, 20),
     }
-    shutil.rmtree("data")
