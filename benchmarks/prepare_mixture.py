@@ -8,8 +8,10 @@ tenth of them for the steps. The folder is deleted at the end; it needs about fi
 """
 
 import argparse
+import datetime
 import json
 import multiprocessing
+import os
 import resource
 import shutil
 import time
@@ -39,6 +41,7 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--rows", type=int, default=5_000_000)
     parser.add_argument("--folder", type=Path, default=Path("mixture_benchmark"), help="made, and deleted at the end")
+    parser.add_argument("--tokenizer", help="folder: time the counting of tokens too, in one and in two processes")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     return parser
 
@@ -61,12 +64,12 @@ def write_rows(path: Path, rows: int) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def measure(path: Path, steps: list, shuffle: bool) -> dict:
-    """Run one mixture; seconds, rows a second of the input, and the peak memory of this process in MiB."""
+def measure(path: Path, steps: list, shuffle: bool, **options) -> dict:
+    """Run one mixture; seconds, rows a second of the input, and the peak memory in MiB, all of this process alone."""
     source = Source("vqa", str(path), str(path.parent), steps=steps)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.monotonic(), time.process_time()
-    summary = write_mixture(Mixture([source], shuffle), path.with_name("mixed.jsonl"))
+    summary = write_mixture(Mixture([source], shuffle), path.with_name("mixed.jsonl"), **options)
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
     rows = summary["total"]["rows_read"]
     return {
@@ -86,13 +89,21 @@ def main(argv=None):
     small, large = args.folder / "small.jsonl", args.folder / "large.jsonl"
     write_rows(small, args.rows // 10)
     write_rows(large, args.rows)
-    runs = {name: (small, steps, False) for name, steps in STEPS.items()}
-    runs |= {f"whole recipe, {path.stem} file": (path, WHOLE, True) for path in (small, large)}
-    results = {"input_bytes": {path.name: path.stat().st_size for path in (small, large)}, "runs": {}}
+    runs = {name: (small, steps, False, {}) for name, steps in STEPS.items()}
+    for workers in (1, 2) if args.tokenizer else ():
+        options = dict(tokenizer=args.tokenizer, num_workers=workers)
+        runs[f"tokens counted, {workers} processes"] = (small, [], False, options)
+    runs |= {f"whole recipe, {path.stem} file": (path, WHOLE, True, {}) for path in (small, large)}
+    results = {
+        "date": datetime.date.today().isoformat(),
+        "cpu_cores": os.cpu_count(),
+        "input_bytes": {path.name: path.stat().st_size for path in (small, large)},
+        "runs": {},
+    }
     table = Table("", "rows", "rows / CPU s", "wall s", "peak MiB")
-    for name, run in runs.items():
+    for name, (*run, options) in runs.items():
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            figures = results["runs"][name] = pool.apply(measure, run)
+            figures = results["runs"][name] = pool.apply(measure, run, options)
         columns = ("rows", "rows_per_cpu_s", "wall_s", "peak_mib")
         table.add_row(name, *(f"{figures[column]:,}" for column in columns))
         if args.output:

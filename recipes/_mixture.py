@@ -23,6 +23,7 @@ from rich.progress import track
 
 import _mixture_steps
 from _mixture_steps import (
+    IMAGE,
     KEYS,
     POSITION,
     ROW_STEPS,
@@ -130,11 +131,13 @@ def _check_step(where: str, step: object) -> tuple[str, dict]:
         fits = isinstance(value, wanted) and (isinstance(value, bool) == (wanted is bool))
         if isinstance(value, int | float):
             fits = fits and (isinstance(value, bool) or value > 0)
-        elif isinstance(value, list):
-            fits = fits and value and all(isinstance(text, str) for text in value)
+        elif fits:
+            texts = value if isinstance(value, list) else [value]
+            fits = texts and all(isinstance(text, str) and IMAGE not in text for text in texts)
         if not fits:
             kind = inspect.formatannotation(wanted)
-            raise ValueError(f"{where}: found {name}: {option}: {value!r}; expected {kind}, a number above 0")
+            expected = f"{kind}; numbers above 0, texts without {IMAGE}, lists that are not empty"
+            raise ValueError(f"{where}: found {name}: {option}: {value!r}; expected {expected}")
     if name == "sample" and len(options) != 1:
         raise ValueError(f"{where}: found sample: {options!r}; expected either rows or share")
     return name, options

@@ -158,7 +158,6 @@ def _keep_exchanges(row: dict, kept: Iterable[int]) -> dict:
     """The row with the exchanges `kept` (ascending); a picture first shown in one left out opens the next one kept."""
     turns, exchanges = _exchanges(row)
     kept, images, seen, waiting = set(kept), [], 0, []
-    turns = list(turns)
     for number, (question, answer) in enumerate(exchanges):
         count = question["value"].count(IMAGE)
         own, seen = row["images"][seen : seen + count], seen + count
@@ -203,11 +202,12 @@ def rotate_choices(row: dict, context: Context) -> Iterator[dict]:
     """
     choices, turns = row.get("choices"), row["conversations"]
     usable = isinstance(choices, list) and 2 <= len(choices) <= len(ascii_uppercase)
+    usable = usable and all(isinstance(choice, str) and IMAGE not in choice for choice in choices)
     if not usable or len(turns) % 2 or len(turns) > 2 or choices.count(turns[1]["value"]) != 1:
         raise BadRow(
             "unusable choices",
             f"found 'choices': {repr(choices)[:80]} with {len(turns)} turns; expected one question, a list of 2 to 26 "
-            "choices and an answer that is one of them.",
+            "texts and an answer that is one of them.",
         )
     question, answer = turns
     rest = {name: value for name, value in row.items() if name != "choices"}

@@ -293,16 +293,19 @@ def two_sources(count=300):
     return [{"path": "one.jsonl", "steps": one}, {"path": "two.json", "steps": two}]
 
 
-def test_neither_processes_nor_runs_on_disk_change_a_byte(mix, monkeypatch):
-    monkeypatch.setattr(_mixture, "CHUNK_ROWS", 64)
+def test_neither_processes_nor_runs_on_disk_change_a_byte(mix, monkeypatch, tokenizer):
     sources = two_sources()
+    sources[1]["steps"].insert(0, {"truncate": {"tokens": 4}})
     outputs = []
     for workers, run_bytes in ((1, 1 << 20), (2, 1 << 20), (1, 3000)):
         monkeypatch.setattr(_mixture_steps, "RUN_BYTES", run_bytes)
         monkeypatch.setattr(_mixture_steps, "RUNS_OPEN", 3)
-        mix(None, (), "--num_workers", str(workers), "--overwrite", sources=sources, shuffle=True)
-        outputs.append(Path("mix.jsonl").read_bytes())
+        flags = ("--num_workers", str(workers), "--tokenizer", tokenizer, "--overwrite")
+        mix(None, (), *flags, sources=sources, shuffle=True)
+        outputs.append((Path("mix.jsonl").read_bytes(), read_summary()))
     assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0][1]["total"]["tokens"] > 0
+    assert outputs[0][1]["sources"][1]["steps"][0]["left_out"] == {"exchanges beyond 4 tokens": 300}
     assert not list(Path().glob("*.partial"))
 
 
@@ -416,6 +419,23 @@ def test_five_bad_rows_are_named_and_all_are_counted(mix):
     assert str(caught.value).count("rows.jsonl, row") == 5
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        talk("A", "x"),
+        talk("A", "x", choices="x"),
+        talk("A", "x", choices=["x"]),
+        talk("A", "x", choices=["x", "x"]),
+        talk("A", "x", choices=["x", 7]),
+        talk("A", "x", choices=["x", "<image>"]),
+        talk("A", "x", "B", "x", choices=["x", "y"]),
+    ],
+)
+def test_choices_that_cannot_be_rotated(mix, row):
+    with pytest.raises(ValueError, match=r"\(1 unusable choices\)"):
+        mix([row], ["rotate_choices"])
+
+
 def test_a_step_names_the_row_it_cannot_use(mix):
     rows = [talk("A", "x", choices=["x", "y"], id="fine"), talk("B", "z", choices=["x", "y"], id="off")]
     with pytest.raises(ValueError, match=r"row 1 \(id 'off'\): found 'choices': \['x', 'y'\] with 2 turns"):
@@ -499,9 +519,13 @@ BAD_SETTINGS = {
     "a missing option": ({"path": "rows.jsonl", "steps": ["repeat"]}, "expected the options times"),
     "an option too many": ({"path": "rows.jsonl", "steps": [{"drop_empty": {"a": 1}}]}, "expected the options none"),
     "a wrong option": ({"path": "rows.jsonl", "steps": [{"repeat": {"times": "2"}}]}, "expected int"),
-    "none of it": ({"path": "rows.jsonl", "steps": [{"repeat": {"times": 0}}]}, "a number above 0"),
+    "none of it": ({"path": "rows.jsonl", "steps": [{"repeat": {"times": 0}}]}, "numbers above 0"),
     "true for a number": ({"path": "rows.jsonl", "steps": [{"repeat": {"times": True}}]}, "expected int"),
     "no prompts": ({"path": "rows.jsonl", "steps": [{"add_prompt": {"prompt": []}}]}, "expected str | list"),
+    "a picture in a prompt": (
+        {"path": "rows.jsonl", "steps": [{"add_prompt": {"prompt": "<image>"}}]},
+        "texts without",
+    ),
     "rows and share": ({"path": "rows.jsonl", "steps": [{"sample": {"rows": 1, "share": 1}}]}, "either rows or share"),
     "neither": ({"path": "rows.jsonl", "steps": ["sample"]}, "either rows or share"),
 }
