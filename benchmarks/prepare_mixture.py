@@ -15,6 +15,7 @@ import os
 import resource
 import shutil
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import rich
@@ -102,8 +103,8 @@ def main(argv=None):
     }
     table = Table("", "rows", "rows / CPU s", "wall s", "peak MiB")
     for name, (*run, options) in runs.items():
-        with multiprocessing.get_context("spawn").Pool(1) as pool:
-            figures = results["runs"][name] = pool.apply(measure, run, options)
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            figures = results["runs"][name] = pool.submit(measure, *run, **options).result()
         columns = ("rows", "rows_per_cpu_s", "wall_s", "peak_mib")
         table.add_row(name, *(f"{figures[column]:,}" for column in columns))
         if args.output:
