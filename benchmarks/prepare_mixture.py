@@ -42,7 +42,6 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--rows", type=int, default=5_000_000)
     parser.add_argument("--folder", type=Path, default=Path("mixture_benchmark"), help="made, and deleted at the end")
-    parser.add_argument("--tokenizer", help="folder: time the counting of tokens too, in one and in two processes")
     parser.add_argument("--output", type=Path, help="JSON file for the figures")
     return parser
 
@@ -65,12 +64,12 @@ def write_rows(path: Path, rows: int) -> None:
             file.write(json.dumps(record) + "\n")
 
 
-def measure(path: Path, steps: list, shuffle: bool, **options) -> dict:
-    """Run one mixture; seconds, rows a second of the input, and the peak memory in MiB, all of this process alone."""
+def measure(path: Path, steps: list, shuffle: bool) -> dict:
+    """Run one mixture; seconds, rows a second of the input, and the peak memory in MiB."""
     source = Source("vqa", str(path), str(path.parent), steps=steps)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     wall, cpu = time.monotonic(), time.process_time()
-    summary = write_mixture(Mixture([source], shuffle), path.with_name("mixed.jsonl"), **options)
+    summary = write_mixture(Mixture([source], shuffle), path.with_name("mixed.jsonl"))
     wall, cpu = time.monotonic() - wall, time.process_time() - cpu
     rows = summary["total"]["rows_read"]
     return {
@@ -90,11 +89,8 @@ def main(argv=None):
     small, large = args.folder / "small.jsonl", args.folder / "large.jsonl"
     write_rows(small, args.rows // 10)
     write_rows(large, args.rows)
-    runs = {name: (small, steps, False, {}) for name, steps in STEPS.items()}
-    for workers in (1, 2) if args.tokenizer else ():
-        options = dict(tokenizer=args.tokenizer, num_workers=workers)
-        runs[f"tokens counted, {workers} processes"] = (small, [], False, options)
-    runs |= {f"whole recipe, {path.stem} file": (path, WHOLE, True, {}) for path in (small, large)}
+    runs = {name: (small, steps, False) for name, steps in STEPS.items()}
+    runs |= {f"whole recipe, {path.stem} file": (path, WHOLE, True) for path in (small, large)}
     results = {
         "date": datetime.date.today().isoformat(),
         "cpu_cores": os.cpu_count(),
@@ -102,9 +98,9 @@ def main(argv=None):
         "runs": {},
     }
     table = Table("", "rows", "rows / CPU s", "wall s", "peak MiB")
-    for name, (*run, options) in runs.items():
+    for name, run in runs.items():
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            figures = results["runs"][name] = pool.submit(measure, *run, **options).result()
+            figures = results["runs"][name] = pool.submit(measure, *run).result()
         columns = ("rows", "rows_per_cpu_s", "wall_s", "peak_mib")
         table.add_row(name, *(f"{figures[column]:,}" for column in columns))
         if args.output:
