@@ -4,7 +4,7 @@
         --output benchmarks/results/prepare_mixture_cpu.json
 
 Every run is a fresh process with one worker, so that its peak memory is its own: `--rows` rows for the whole recipe, a
-tenth of them for the steps. The folder is deleted at the end; it needs about five times the size of the input.
+tenth of them for the steps. The folder is deleted at the end; it needs room for six copies of the input.
 """
 
 import argparse

@@ -7,7 +7,7 @@ Data: a YAML file lists the sources and the steps of each (docs/mixture.md). rec
     python recipes/prepare_mixture.py --config recipes/llava_v1_5_mixture.yaml --output data/mix.jsonl
 
 The same files, settings and seed give the same bytes, whatever --num_workers is; then a second run does nothing.
-Measured: 5,000,000 rows through five steps at 24,200 rows a second of CPU in 573 MiB (2026-11-21; benchmarks/LOG.md).
+Measured: 5,000,000 rows through four steps and a shuffle, 24,200 a second of CPU, 573 MiB (2026-11-21; benchmarks/LOG.md).
 """
 
 import argparse
@@ -27,7 +27,7 @@ def make_parser():
     parser.add_argument("--output", default="mixture.jsonl", help="the LLaVA JSONL file to write")
     parser.add_argument("--tokenizer", help="hub id or folder; counts tokens, and the step truncate needs it")
     parser.add_argument("--seed", type=int, default=42, help="of every draw and of the shuffle")
-    parser.add_argument("--num_workers", type=int, default=1, help="processes that check rows, run steps and count tokens")
+    parser.add_argument("--num_workers", type=int, default=1, help="processes; they run steps and count tokens")
     parser.add_argument("--overwrite", action="store_true", help="replace an --output that other settings made")
     return parser
 
