@@ -303,8 +303,8 @@ def _run_source(
 
 
 def _image_prefix(source: Source, folder: str) -> str:
-    # By real paths: the system follows a link before it takes the ".." behind it.
-    prefix = os.path.relpath(os.path.realpath(source.image_folder), folder)
+    # `folder` is a real path: the system follows a link before it takes the ".." behind it.
+    prefix = os.path.relpath(source.image_folder, folder)
     return "" if prefix == "." else prefix
 
 

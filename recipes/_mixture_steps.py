@@ -20,12 +20,11 @@ from typing import IO
 
 from transformers import AutoTokenizer
 
-from collators.llava_json import PICTURE_TYPOS, ROLES
+from collators.llava_json import PICTURE_TYPOS
 
 IMAGE = "<image>"
 IMAGE_COLUMNS = PICTURE_TYPOS | {"image", "images"}
-NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
-SPEAKERS = {speaker: NAMES[role] for speaker, role in ROLES.items()}
+SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 TURN_KEYS = {"from", "value"}
 MARKER = re.compile(r"<image>\n?|\n<image>")
 LEADING_MARKERS = re.compile(r"(?:<image>\n?)*")

@@ -7,7 +7,8 @@ Data: a YAML file lists the sources and the steps of each (docs/mixture.md). rec
     python recipes/prepare_mixture.py --config recipes/llava_v1_5_mixture.yaml --output data/mix.jsonl
 
 The same files, settings and seed give the same bytes, whatever --num_workers is; then a second run does nothing.
-Measured: 5,000,000 rows through four steps and a shuffle, 24,200 a second of CPU, 573 MiB (2026-11-21; benchmarks/LOG.md).
+Measured: 5,000,000 rows through four steps and a shuffle: 24,200 rows a second of CPU time, 573 MiB (2 CPU cores,
+2026-11-21; benchmarks/LOG.md).
 """
 
 import argparse

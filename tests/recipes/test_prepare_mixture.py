@@ -294,6 +294,7 @@ def two_sources(count=300):
 
 
 def test_neither_processes_nor_runs_on_disk_change_a_byte(mix, monkeypatch, tokenizer):
+    monkeypatch.setattr(_mixture, "CHUNK_ROWS", 10)  # more chunks than are handed out ahead
     sources = two_sources()
     sources[1]["steps"].insert(0, {"truncate": {"tokens": 4}})
     outputs = []
