@@ -232,7 +232,7 @@ def _check(path: str, folder: str, placement: str, types: dict[str, set[type]], 
     """
     reader, is_file = RowReader(placement), _file_finder()
     errors, bad, fits = [], 0, True
-    for row, record in enumerate(_records(path)):
+    for row, record in enumerate(read_records(path)):
         try:
             messages, images = _parse_row(record, folder, reader, is_file)
         except BadRow as error:
@@ -254,7 +254,7 @@ def _check(path: str, folder: str, placement: str, types: dict[str, set[type]], 
 
 def _peek(path: str) -> Iterator[tuple[str, object]]:
     """Names and values of the other columns in the first rows. What is wrong with a row is raised when it is read."""
-    for record in islice(_records(path), ROWS_PEEKED):
+    for record in islice(read_records(path), ROWS_PEEKED):
         if isinstance(record, dict):
             with suppress(BadRow):
                 columns = find_shape(record).columns
@@ -313,7 +313,7 @@ def _file_finder() -> Callable[[str], bool]:
 
 def _rows(path: str, folder: str, placement: str, features: Features, is_file: Callable[[str], bool] = os.path.isfile):
     reader = RowReader(placement)
-    for row, record in enumerate(_records(path)):
+    for row, record in enumerate(read_records(path)):
         try:
             messages, images = _parse_row(record, folder, reader, is_file)
         except BadRow as error:
@@ -325,7 +325,7 @@ def _rows(path: str, folder: str, placement: str, features: Features, is_file: C
         yield {"messages": messages, "images": images, **_as_stored(columns, features)}
 
 
-def _records(path: str) -> Iterator:
+def read_records(path: str) -> Iterator:
     """Yield the JSON value of each row, or a `BadRow` where there is none, holding one block of text at a time."""
     read = _read_lines if path.lower().endswith(".jsonl") else _read_list
     # Not a global: `datasets` pickles the globals of a pasted cell, and a decoder cannot be pickled.

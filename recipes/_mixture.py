@@ -40,7 +40,7 @@ from _mixture_steps import (
     sort_lines,
     write_row,
 )
-from collators.llava_json import _records
+from collators.llava_json import read_records
 
 BAD_ROWS_SHOWN = 5
 # 1000 rows at once grow old enough for Python's garbage collector to look through them again and again: 15 % slower.
@@ -309,7 +309,7 @@ def _image_prefix(source: Source, folder: str) -> str:
 
 
 def _read(source: Source, report: Report) -> Iterator:
-    for record in _records(source.path):
+    for record in read_records(source.path):
         report.totals["rows_read"] += 1
         if isinstance(record, ValueError):
             if source.path.lower().endswith(".json") and "broken JSON" in str(record):

@@ -555,7 +555,7 @@ def test_a_stream_writes_nothing(folder, cache):
 def test_the_second_call_reads_the_cache(folder, cache, monkeypatch):
     path = write(folder / "train.json", [QUESTION])
     first = load_rows(path)
-    monkeypatch.setattr(llava_json, "_records", None)
+    monkeypatch.setattr(llava_json, "read_records", None)
     again = load_rows(path)
     assert again[:] == first[:]
     assert again.features == first.features
