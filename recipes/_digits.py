@@ -10,7 +10,8 @@ The pictures are the 1,797 scans of handwritten digits that scikit-learn ships, 
 import json
 import math
 import random
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from collators import load_image
 
-SIDE = 32  # pixels of an enlarged scan, and the tower's picture size
-PATCH = 8  # so a picture is 4 × 4 image tokens
-WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+SIDE = 32  # pixels of an enlarged scan and of a page with a table, and the tower's picture size
+PATCH = 8  # so a picture is 4 × 4 image tokens; a scan in its own size, as a table's cell shows it, is one of them
+WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
+WORDS += ("thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen")
 # What a text names besides digits, so that the language model learns to look for the digit in what precedes.
 OTHER_WORDS = ("ink", "paper", "line", "curve", "stroke", "edge", "corner", "loop", "white", "black", "grey", "dot")
 INSTRUCTIONS = (
@@ -57,36 +59,72 @@ QUESTIONS: dict[str, tuple[tuple[str, ...], Callable[[int], str]]] = {
         lambda digit: "Yes." if digit > 5 else "No.",
     ),
 }
+# kind of question on two pictures → its wordings, its wording after the other kind, its answer for two digits
+PAIR_QUESTIONS: dict[str, tuple[tuple[str, ...], str, Callable[[int, int], str]]] = {
+    "which_is_larger": (
+        (
+            "Here is <image> and here is <image>. Which is larger?",
+            "First see <image>, then <image>. Which one is larger?",
+            "<image>\n<image>\nWhich of the two is larger?",
+        ),
+        "Which is larger?",
+        lambda first, second: (
+            "They are equal." if first == second else "The first." if first > second else "The second."
+        ),
+    ),
+    "sum": (
+        (
+            "What is <image> plus <image>?",
+            "Add <image> to <image>. What is the sum?",
+            "<image>\n<image>\nWhat is the sum of the two?",
+        ),
+        "What is their sum?",
+        lambda first, second: f"{WORDS[first + second].capitalize()}.",
+    ),
+}
+TABLE_SIDES = (2, 3)  # rows and columns
+TABLE_WORDINGS = (
+    "<image>\nWrite this table in Markdown.",
+    "Turn this table into Markdown: <image>",
+    "Here is a table: <image>. Give it as Markdown.",
+)
 TITLES = tuple(f"The digit {word}." for word in WORDS[:10])
 
 
-def write_data(folder: Path, held_in: int, held_out: int, seed: int = 0) -> None:
-    """Write the scans as PNG files and four LLaVA JSON files, no scan on both sides of the split.
+def write_data(folder: Path, held_in: int, held_out: int, pairs: int, tables: int, seed: int = 0) -> None:
+    """Write the scans as PNG files and six LLaVA JSON files, no scan on both sides of the split.
 
     `images/scan_0123.png` is scan 123 of `load_digits`, black on white, enlarged to 32 × 32 pixels. `pretrain.json`
     has one titled row a held-in scan; `instruct.json` has for each held-in scan one row of every question kind and
     one of two or three questions (`source` tells the kind), and a text-only row for every digit and wording.
+    `multi_image.json` has rows of two pictures with both questions on them, and rows of one picture of a table, whose
+    answer is the table in Markdown.
     `pretrain_test.json` and `instruct_test.json` are the same of held-out scans, without text-only rows: those have
     nothing to hold out. In `instruct_test.json` the rows of several questions are the last `held_out`.
+    `multi_image_test.json` has `held_out` rows of either question on two pictures, and half as many of each table.
 
     Args:
         folder: Where to write; made if need be.
         held_in: Scans to train on.
         held_out: Scans to test on; both splits have the digits in the same proportions.
+        pairs: Rows of two pictures in `multi_image.json`.
+        tables: Rows of each size of table in `multi_image.json`.
         seed: Of the split and of the wordings.
     """
     (folder / "images").mkdir(parents=True)
     raw, rng = load_digits(), random.Random(seed)
     digits = raw.target.tolist()
+    pictures = [
+        Image.fromarray((255 - scan * 255 / 16).round().astype(np.uint8)) for scan in raw.images
+    ]  # 16: all ink
     sides = train_test_split(
         range(len(digits)), train_size=held_in, test_size=held_out, stratify=digits, random_state=seed
     )
     for suffix, scans in zip(("", "_test"), sides, strict=True):
         pretrain, single, several, text_only = [], [], [], []
         for scan in scans:
-            image, digit = f"images/scan_{scan:04}.png", digits[scan]
-            pixels = (255 - raw.images[scan] * 255 / 16).round().astype(np.uint8)  # 16 is full ink
-            Image.fromarray(pixels).resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / image)
+            image, digit = _scan_path(scan), digits[scan]
+            pictures[scan].resize((SIDE, SIDE), Image.Resampling.BICUBIC).save(folder / image)
             # Before or behind the words, as in LLaVA's own LCS-558K.
             marked = rng.choice(("<image>\n{}", "{}\n<image>")).format(rng.choice(INSTRUCTIONS))
             pretrain.append(_row(f"{scan}-title", "title", [(marked, TITLES[digit])], image))
@@ -103,8 +141,51 @@ def write_data(folder: Path, held_in: int, held_out: int, seed: int = 0) -> None
                 for kind, (wordings, reply) in QUESTIONS.items()
                 for number, wording in enumerate(wordings)
             ]
-        for name, rows in (("pretrain", pretrain), ("instruct", single + several + text_only)):
-            (folder / f"{name}{suffix}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+        rows = {"pretrain": pretrain, "instruct": single + several + text_only, "multi_image": []}
+        kinds = {kind: (held_out, [kind]) for kind in PAIR_QUESTIONS} if suffix else {"pair": (pairs, PAIR_QUESTIONS)}
+        for source, (count, asked) in kinds.items():
+            for number, drawn in enumerate(_draw(rng, scans, count, 2)):
+                turns = _ask_pair(rng, rng.sample(list(asked), len(asked)), *(digits[scan] for scan in drawn))
+                rows["multi_image"].append(_row(f"{source}-{number}", source, turns, [*map(_scan_path, drawn)]))
+        for side in TABLE_SIDES:
+            source = f"table_{side}x{side}"
+            for number, drawn in enumerate(_draw(rng, scans, held_out // 2 if suffix else tables, side * side)):
+                image, page = f"images/{source}{suffix}_{number:04}.png", Image.new("L", (SIDE, SIDE), "white")
+                for place, scan in enumerate(drawn):
+                    page.paste(pictures[scan], (place % side * PATCH, place // side * PATCH))
+                page.save(folder / image)
+                turn = rng.choice(TABLE_WORDINGS), write_table([digits[scan] for scan in drawn], side)
+                rows["multi_image"].append(_row(f"{source}-{number}", source, [turn], image))
+        for name, records in rows.items():
+            (folder / f"{name}{suffix}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+
+
+def write_table(digits: list[int], columns: int) -> str:
+    """The digits, row by row, as a Markdown table whose header is the first row."""
+    rows = [digits[start : start + columns] for start in range(0, len(digits), columns)]
+    header, *body = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    return "\n".join([header, f"|{' --- |' * columns}", *body])
+
+
+def _scan_path(scan: int) -> str:
+    return f"images/scan_{scan:04}.png"
+
+
+def _draw(rng: random.Random, scans: list[int], count: int, size: int) -> Iterator[list[int]]:
+    """`count` groups of different scans; no scan comes again before nearly all have come."""
+    left = []
+    for _ in range(count):
+        if len(left) < size:
+            left = rng.sample(scans, len(scans))
+        yield [left.pop() for _ in range(size)]
+
+
+def _ask_pair(rng: random.Random, kinds: list[str], first: int, second: int) -> list[tuple[str, str]]:
+    turns = []
+    for kind in kinds:
+        wordings, wording_after, reply = PAIR_QUESTIONS[kind]
+        turns.append((wording_after if turns else rng.choice(wordings), reply(first, second)))
+    return turns
 
 
 def _ask(rng: random.Random, kind: str, digit: int) -> tuple[str, str]:
@@ -112,34 +193,55 @@ def _ask(rng: random.Random, kind: str, digit: int) -> tuple[str, str]:
     return rng.choice(wordings), reply(digit)
 
 
-def _row(name: str, source: str, turns: list[tuple[str, str]], image: str | None = None) -> dict:
+def _row(name: str, source: str, turns: list[tuple[str, str]], image: str | list[str] | None = None) -> dict:
     texts = [text for turn in turns for text in turn]
     conversation = [{"from": ("human", "gpt")[number % 2], "value": text} for number, text in enumerate(texts)]
     return {"id": name, "source": source} | ({"image": image} if image else {}) | {"conversations": conversation}
 
 
 def write_text(rng: random.Random) -> str:
-    """Make up one text for the language model: words in which a digit prevails, then its title or questions on it.
+    """Make up one text for the language model: words that decide what follows, then a title, questions or a table.
 
     Such words are to this model what a web page is to Vicuna: it learns that what precedes decides the answer. Without
-    them (titles and answers alone) a stage 1 that only trains the projector named 23 to 49 % of the digits.
+    them (titles and answers alone) a stage 1 that only trains the projector named 23 to 49 % of the digits. They stand
+    where pictures will: words in which a digit prevails for a scan, sixteen words for a page with a table. That is how
+    the model comes to know sums, order and Markdown, as a model from the hub does.
     """
-    digit = rng.randrange(10)
+    topic = rng.random()
+    if topic < 0.4:
+        digits = rng.randrange(10), rng.randrange(10)
+        turns = _ask_pair(rng, rng.sample(list(PAIR_QUESTIONS), 2), *digits)
+        shown = [_write_words(rng, digit) if rng.random() < 0.5 else f" {WORDS[digit]}" for digit in digits]
+    elif topic < 0.65:
+        side, width = rng.choice(TABLE_SIDES), SIDE // PATCH
+        digits = [rng.randrange(10) for _ in range(side * side)]
+        turns = [(rng.choice(TABLE_WORDINGS), write_table(digits, side))]
+        page = [rng.choice(("paper", "white")) for _ in range(width * width)]
+        for place, digit in enumerate(digits):
+            page[place // side * width + place % side] = WORDS[digit]
+        shown = ["".join(f" {word}" for word in page)]
+    else:
+        digit = rng.randrange(10)
+        scan = _write_words(rng, digit)
+        if rng.random() < 0.3:
+            return f"{scan}{TITLES[digit]}\n</s>"
+        turns = [_ask(rng, kind, digit) for kind in rng.sample(list(QUESTIONS), rng.choice((1, 1, 2, 3)))]
+        opening, shown = rng.choice((("<image>\n", [scan]), ("<image> ", [f" {TITLES[digit]}"])))
+        turns[0] = opening + turns[0][0], turns[0][1]
+    text = "".join(f"USER: {question} ASSISTANT: {reply}</s>" for question, reply in turns)
+    words = iter(shown)
+    return re.sub(" ?<image>", lambda _: next(words), text)
+
+
+def _write_words(rng: random.Random, digit: int) -> str:
+    """One to sixteen words, each after a blank, in which the digit's prevails over other digits'."""
     count = rng.randint(1, (SIDE // PATCH) ** 2)
     words = [rng.choice(OTHER_WORDS) for _ in range(count)]
     hits = rng.randint(1, count)
     strays = rng.randint(0, (hits - 1) // 2)
     for number, place in enumerate(rng.sample(range(count), min(count, hits + strays))):
         words[place] = WORDS[digit if number < hits else rng.randrange(10)]
-    about = "".join(f" {word}" for word in words)
-    if rng.random() < 0.3:
-        return f"{about}{TITLES[digit]}\n</s>"
-    opening = rng.choice((f"{about}\n", f" {TITLES[digit]} "))
-    turns = [_ask(rng, kind, digit) for kind in rng.sample(list(QUESTIONS), rng.choice((1, 1, 2, 3)))]
-    return "".join(
-        f"USER:{' ' if number else opening}{question} ASSISTANT: {reply}</s>"
-        for number, (question, reply) in enumerate(turns)
-    )
+    return "".join(f" {word}" for word in words)
 
 
 def train_backbones(data: Path, clip: Path, llama: Path, tower_steps: int, language_model_steps: int) -> None:
@@ -159,7 +261,7 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     backend.decoder = decoders.ByteLevel()
     # EOS is not id 2: CLIPTextModel takes that for the mark of old, broken configs and pools elsewhere.
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
+        vocab_size=512,
         special_tokens=["<unk>", "<s>", "<pad>", "</s>"],
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
