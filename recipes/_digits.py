@@ -97,8 +97,8 @@ def write_data(folder: Path, held_in: int, held_out: int, pairs: int, tables: in
     `images/scan_0123.png` is scan 123 of `load_digits`, black on white, enlarged to 32 × 32 pixels. `pretrain.json`
     has one titled row a held-in scan; `instruct.json` has for each held-in scan one row of every question kind and
     one of two or three questions (`source` tells the kind), and a text-only row for every digit and wording.
-    `multi_image.json` has rows of two pictures with both questions on them, and rows of one picture of a table, whose
-    answer is the table in Markdown.
+    `multi_image.json` has rows of two pictures with both questions on them, rows of one picture of a table, whose
+    answer is the table in Markdown, and the rows of several questions on one picture, lest they be forgotten.
     `pretrain_test.json` and `instruct_test.json` are the same of held-out scans, without text-only rows: those have
     nothing to hold out. In `instruct_test.json` the rows of several questions are the last `held_out`.
     `multi_image_test.json` has `held_out` rows of either question on two pictures, and half as many of each table.
@@ -141,7 +141,8 @@ def write_data(folder: Path, held_in: int, held_out: int, pairs: int, tables: in
                 for kind, (wordings, reply) in QUESTIONS.items()
                 for number, wording in enumerate(wordings)
             ]
-        rows = {"pretrain": pretrain, "instruct": single + several + text_only, "multi_image": []}
+        rows = {"pretrain": pretrain, "instruct": single + several + text_only}
+        rows["multi_image"] = [] if suffix else list(several)
         kinds = {kind: (held_out, [kind]) for kind in PAIR_QUESTIONS} if suffix else {"pair": (pairs, PAIR_QUESTIONS)}
         for source, (count, asked) in kinds.items():
             for number, drawn in enumerate(_draw(rng, scans, count, 2)):
@@ -244,12 +245,12 @@ def _write_words(rng: random.Random, digit: int) -> str:
     return "".join(f" {word}" for word in words)
 
 
-def train_backbones(data: Path, clip: Path, llama: Path, tower_steps: int, language_model_steps: int) -> None:
+def train_backbones(data: Path, clip: Path, llama: Path, tower_steps: int, llama_steps: int) -> None:
     """Train and save a CLIP on the titles in `data` and a Llama on texts; print how well the CLIP sees."""
     print("Training the two backbones that a real run downloads.")
     tokenizer = train_tokenizer()
     train_vision_tower(clip, tokenizer, data / "pretrain.json", tower_steps)
-    train_language_model(llama, tokenizer, language_model_steps)
+    train_language_model(llama, tokenizer, llama_steps)
     rate = rate_vision_tower(clip, tokenizer, data / "pretrain_test.json")
     print(f"The CLIP alone finds the right title for {rate:.1%} of the held-out pictures.")
 

@@ -5,17 +5,26 @@ A file of its own because it is text and drawing, not training: the quickstart s
 
 import base64
 import json
+import re
 from collections.abc import Iterable
+from itertools import zip_longest
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 from rich.table import Column, Table
 
 WIDTH, HEIGHT = 400, 160  # of a chart's plotting area, in SVG units
-FOOTNOTE = (
-    "Exact match. Always the likeliest answer would score 10, 50, 10 and 60 % in the first four rows. Stage 1's "
-    "template shows the model the picture alone, so there it can be asked no second question."
-)
+ONE_PICTURE, SEVERAL_PICTURES = "Held-out questions on one picture", "Held-out questions on two pictures, and tables"
+FOOTNOTES = {
+    ONE_PICTURE: (
+        "Exact match. Always the likeliest answer would score 10, 50, 10 and 60 % in the first four rows. Stage 1's "
+        "template shows the model the picture alone, so there it can be asked no second question."
+    ),
+    SEVERAL_PICTURES: (
+        "Exact match; of tables also the share of cells with the right digit, where 10 % are chance. Always the "
+        "likeliest answer would score about 45 % for which is larger, and 10 % for sums."
+    ),
+}
 # Well-formed XML too, so that a test can parse it; colours follow the reader's light or dark setting.
 TEMPLATE = """<!DOCTYPE html>
 <html lang="en">
@@ -36,7 +45,7 @@ h2 { margin-top: 2.5rem; }
 table { border-collapse: collapse; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--rule); text-align: left; font-weight: normal; }
 td, thead th { text-align: right; font-variant-numeric: tabular-nums; }
-tbody tr:last-child > * { font-weight: bold; }
+.all > * { font-weight: bold; }
 .charts, .examples { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr)); }
 figure { margin: 0; }
@@ -45,10 +54,12 @@ svg text { fill: var(--quiet); font-size: 15px; }
 .grid { stroke: var(--rule); }
 .loss { fill: none; stroke: var(--line); stroke-width: 2; }
 .example { display: flex; gap: 1rem; border-top: 1px solid var(--rule); padding-top: 1rem; }
-.example img { width: 6rem; height: 6rem; flex: none; image-rendering: pixelated; border: 1px solid var(--rule); }
+.pictures { display: flex; flex-direction: column; gap: .4rem; flex: none; }
+.example img { width: 6rem; height: 6rem; image-rendering: pixelated; border: 1px solid var(--rule); }
 .example p { margin: 0 0 .3rem; font-weight: bold; }
 dl { display: grid; grid-template-columns: auto 1fr; gap: 0 .7rem; margin: 0; }
 dd { margin: 0; overflow-wrap: anywhere; }
+.table { overflow-x: auto; overflow-wrap: normal; white-space: pre; font: .85rem/1.3 ui-monospace, monospace; }
 .right { color: var(--good); }
 .wrong { color: var(--bad); }
 pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--rule); }
@@ -59,16 +70,16 @@ pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--rule); }
 <h1>LLaVA quickstart</h1>
 {% for line in findings %}<p>{{ line }}</p>
 {% endfor %}
-<h2>Held-out questions answered exactly</h2>
+{% for section in sections %}<h2>{{ section.name }}</h2>
 <table>
-<thead><tr>{% for name in header %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<thead><tr>{% for name in section.header %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
 <tbody>
-{% for row in table %}<tr><th scope="row">{{ row[0] }}</th>
+{% for row in section.table %}<tr{% if row[0] == 'all' %} class="all"{% endif %}><th scope="row">{{ row[0] }}</th>
 {% for cell in row[1:] %}<td>{{ cell }}</td>{% endfor %}</tr>
 {% endfor %}</tbody>
 </table>
-<p class="quiet">{{ footnote }}</p>
-<h2>Training loss</h2>
+<p class="quiet">{{ section.footnote }}</p>
+{% endfor %}<h2>Training loss</h2>
 <div class="charts">
 {% for chart in charts %}<figure>
 <svg viewBox="-50 -10 460 200" role="img" aria-label="{{ chart.name }}: training loss by step">
@@ -82,19 +93,24 @@ pre { overflow-x: auto; padding: .8rem; border: 1px solid var(--rule); }
 </figure>
 {% endfor %}</div>
 <h2>Held-out pictures</h2>
-<p class="quiet">Taken at even distances from the list of questions, not chosen by their answers.</p>
+<p class="quiet">Taken at even distances from the lists of questions, not chosen by their answers.</p>
+{% for section in sections %}<h3>{{ section.name }}</h3>
 <div class="examples">
-{% for example in examples %}<div class="example">
-<img src="data:image/png;base64,{{ example.png }}" alt="handwritten digit {{ example.name }}"/>
+{% for example in section.examples %}<div class="example">
+<div class="pictures">{% for picture in example.pictures %}
+<img src="data:image/png;base64,{{ picture.png }}" alt="{{ picture.name }}"/>
+{% endfor %}</div>
 <div>
 <p>{{ example.question }}</p>
 <dl>{% for answer in example.answers %}<dt>{{ answer.name }}</dt>
-<dd class="{{ 'right' if answer.right else 'wrong' }}">{{ answer.text }}{{ ' ✓' if answer.right }}</dd>
-{% endfor %}<dt>reference</dt><dd>{{ example.reference }}</dd></dl>
+<dd class="{{ 'right' if answer.right else 'wrong' }}{{ ' table' if answer.table }}">
+{{- answer.text }}{{ ' ✓' if answer.right }}</dd>
+{% endfor %}<dt>reference</dt>
+<dd{% if example.table %} class="table"{% endif %}>{{ example.reference }}</dd></dl>
 </div>
 </div>
 {% endfor %}</div>
-<h2>Next</h2>
+{% endfor %}<h2>Next</h2>
 <pre>{{ next_command }}</pre>
 </body>
 </html>
@@ -107,33 +123,48 @@ def read_answers(path: Path) -> list[dict]:
 
 
 def rate_kinds(answers: dict[str, list[dict]]) -> list[list[str]]:
-    """Exact match for each kind of question (`source`) and over all of them, one row each.
+    """Exact match for each kind of question (`source`) and over all of them, a row each; of tables `rate_cells` too.
 
     Args:
         answers: Checkpoint → its records; the first checkpoint's say which kinds there are.
 
     Returns:
-        Rows of a name, the number of questions, and the share for each checkpoint ("–" where nothing was asked).
+        Rows of a name, the number of questions, and the share for each checkpoint ("–" where nothing was asked). A
+        row of cells counts cells.
     """
     first, *_ = answers.values()
-    kinds = dict.fromkeys(record["source"] for record in first)
-    rows = {kind.replace("_", " "): (kind,) for kind in kinds} | {"all": tuple(kinds)}
-    return [
-        [
-            name,
-            str(sum(record["source"] in wanted for record in first)),
-            *(
-                _share(record["exact_match"] for record in records if record["source"] in wanted)
-                for records in answers.values()
-            ),
-        ]
-        for name, wanted in rows.items()
-    ]
+    rows = []
+    for kind in [*dict.fromkeys(record["source"] for record in first), None]:
+        asked = [[r for r in records if kind in (None, r["source"])] for records in answers.values()]
+        shares = [_share(record["exact_match"] for record in records) for records in asked]
+        rows.append(["all" if kind is None else kind.replace("_", " "), str(len(asked[0])), *shares])
+        if asked[0][0]["reference"].startswith("|") and kind:
+            cells = [[hit for r in records for hit in rate_cells(r["answer"], r["reference"])] for records in asked]
+            rows.append([f"{rows[-1][0]}, cells", str(len(cells[0])), *map(_share, cells)])
+    return rows
 
 
-def make_table(answers: dict[str, list[dict]]) -> Table:
-    """`rate_kinds` for a terminal."""
-    table = Table(Column("held-out questions", no_wrap=True), "number", *answers, caption=FOOTNOTE)
+def rate_cells(answer: str, reference: str) -> list[bool]:
+    """Compare two Markdown tables cell by cell, each with the one at its place, the headers among them.
+
+    Returns:
+        Whether they agree, for every place that a cell of either table has: a missing row is as many wrong cells as it
+        should have, a row too many as many as it has. An answer that is no Markdown table has no cells.
+    """
+    pairs = zip_longest(_read_cells(answer), _read_cells(reference), fillvalue=[])
+    return [given == wanted for rows in pairs for given, wanted in zip_longest(*rows)]
+
+
+def _read_cells(text: str) -> list[list[str]]:
+    lines = [line.strip() for line in text.splitlines()]
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines if re.fullmatch(r"\|.*\|", line)]
+    ruled = len(rows) > 1 and len(rows[0]) == len(rows[1]) and all(re.fullmatch(":?-+:?", cell) for cell in rows[1])
+    return [rows[0], *rows[2:]] if ruled and len(rows) == len(lines) else []
+
+
+def make_table(name: str, answers: dict[str, list[dict]]) -> Table:
+    """`rate_kinds` for a terminal, under the `name` of its footnote."""
+    table = Table(Column(name.lower(), no_wrap=True), "number", *answers, caption=FOOTNOTES[name])
     for row in rate_kinds(answers):
         table.add_row(*row)
     return table
@@ -163,7 +194,7 @@ def rate_titles(records: list[dict], rows: Path) -> str:
 
 def write_report(
     path: Path,
-    answers: dict[str, list[dict]],
+    answers: dict[str, dict[str, list[dict]]],
     findings: list[str],
     stages: dict[str, Path],
     next_command: str,
@@ -172,23 +203,18 @@ def write_report(
 
     Args:
         path: The HTML file.
-        answers: Checkpoint → the records that `evaluate.py` wrote of it, about the same questions in the same order; a
-            checkpoint may have been asked the first ones only. A dozen of those that all were asked become examples.
+        answers: One of `FOOTNOTES` → checkpoint → the records that `evaluate.py` wrote of it, about the same questions
+            in the same order; a checkpoint may have been asked the first ones only. A dozen of those that all were
+            asked become examples.
         findings: Paragraphs for the head of the page.
         stages: Name of a training run → its output folder, which holds `trainer_state.json`.
         next_command: What to type next.
     """
-    asked = list(zip(*answers.values(), strict=False))
-    # One question further in each stride, so that all kinds come up although they follow in turn.
-    places = [place for number in range(12) if (place := number * (len(asked) // 12) + number % 4) < len(asked)]
     environment = Environment(autoescape=True, undefined=StrictUndefined)
     html = environment.from_string(TEMPLATE).render(
         findings=findings,
-        header=["", "questions", *answers],
-        table=rate_kinds(answers),
-        footnote=FOOTNOTE,
+        sections=[_make_section(name, checkpoints) for name, checkpoints in answers.items()],
         charts=[_make_chart(name, folder) for name, folder in stages.items()],
-        examples=[_make_example(list(answers), asked[place]) for place in places],
         next_command=next_command,
         width=WIDTH,
         height=HEIGHT,
@@ -219,15 +245,36 @@ def _make_chart(name: str, folder: Path) -> dict:
     }
 
 
-def _make_example(names: list[str], records: tuple[dict, ...]) -> dict:
-    picture = Path(records[0]["images"][0])
+def _make_section(name: str, answers: dict[str, list[dict]]) -> dict:
+    asked = list(zip(*answers.values(), strict=False))
+    # One question further in each stride, so that all kinds come up although they follow in turn.
+    places = [place for number in range(12) if (place := number * (len(asked) // 12) + number % 4) < len(asked)]
     return {
-        "png": base64.b64encode(picture.read_bytes()).decode("ascii"),
-        "name": picture.stem,
+        "name": name,
+        "header": ["", "number", *answers],
+        "table": rate_kinds(answers),
+        "footnote": FOOTNOTES[name],
+        "examples": [_make_example(list(answers), asked[place]) for place in places],
+    }
+
+
+def _make_example(names: list[str], records: tuple[dict, ...]) -> dict:
+    pictures = [Path(image) for image in records[0]["images"]]
+    return {
+        "pictures": [
+            {"png": base64.b64encode(path.read_bytes()).decode("ascii"), "name": path.stem.replace("_", " ")}
+            for path in pictures
+        ],
         "question": records[0]["question"],
         "reference": records[0]["reference"],
+        "table": records[0]["reference"].startswith("|"),
         "answers": [
-            {"name": name, "text": record["answer"] or "(nothing)", "right": record["exact_match"]}
+            {
+                "name": name,
+                "text": record["answer"] or "(nothing)",
+                "right": record["exact_match"],
+                "table": record["answer"].startswith("|"),
+            }
             for name, record in zip(names, records, strict=True)
         ],
     }

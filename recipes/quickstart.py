@@ -1,14 +1,14 @@
 """The whole way to a small LLaVA on real handwritten digits: on a CPU, in minutes, with the scripts for a 7B model.
 
 Trains: a small CLIP and a small Llama from scratch, in place of the pretrained ones that a real run downloads; then
-        what recipes/pretrain_projector.py, recipes/sft_full.py and recipes/sft_qlora.py train.
+        what pretrain_projector.py, sft_full.py, sft_qlora.py and, with the vision tower, sft_multi_image.py train.
 Data:   scikit-learn's 1,797 scans of digits as PNG files and LLaVA JSON, 300 of them held out from all training.
 
     python recipes/quickstart.py --output_dir quickstart_output
 
 From build_llava.py on, every step is a child process; its command is printed, and you can run it by itself. A second
-run starts over. Measured: 7.2 minutes on 2 CPU cores; 97.9 % of the held-out questions answered, 33.7 % before
-(2026-11-21; benchmarks/LOG.md).
+run starts over. Measured: MMM minutes on 2 CPU cores; 97.9 % of the held-out questions answered, 33.7 % before; of two
+pictures PPP %, of tables' cells CCC % (2026-11-21; benchmarks/LOG.md).
 """
 
 import argparse
@@ -24,12 +24,12 @@ import rich
 import torch
 
 from _digits import QUESTIONS, train_backbones, write_data
-from _report import make_table, rate_titles, read_answers, write_report
+from _report import ONE_PICTURE, SEVERAL_PICTURES, make_table, rate_titles, read_answers, write_report
 from collators import chat_template_path
 
 SCALES = {
-    "full": dict(held_in=1497, held_out=300, tower_steps=1500, language_model_steps=700),
-    "small": dict(held_in=48, held_out=20, tower_steps=20, language_model_steps=20),
+    "full": (dict(held_in=1497, held_out=300, pairs=3000, tables=2000), dict(tower_steps=1500, llama_steps=1200)),
+    "small": (dict(held_in=48, held_out=20, pairs=16, tables=8), dict(tower_steps=20, llama_steps=20)),
 }
 # SFTConfig's bf16 and checkpointing and the recipes' loader processes are for GPUs. A log line is a curve's point.
 CPU = dict(use_cpu=True, dtype="float32", bf16=False, activation_checkpointing=False, dataloader_num_workers=0)
@@ -38,6 +38,8 @@ CPU |= dict(logging_steps=10, logging_first_step=True, save_strategy="no", repor
 STAGE_1 = CPU | dict(learning_rate=3e-3, per_device_train_batch_size=16, num_train_epochs=4)
 STAGE_2 = CPU | dict(learning_rate=5e-4, per_device_train_batch_size=32, num_train_epochs=2)
 QLORA = STAGE_2 | dict(learning_rate=3e-3, projector_learning_rate=5e-4, num_train_epochs=1, lora_r=32, lora_alpha=64)
+# A page of small digits is a new sight to this tower.
+SEVERAL = STAGE_2 | dict(learning_rate=1e-3, train_vision_tower=True, gradient_accumulation_steps=1)
 # At this size a second thread gains little on an idle machine, and on a busy one costs several times the run.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -62,18 +64,17 @@ def run(script, **options):
         sys.exit(f"exit status {status} from\n$ {shlex.join(command)}")
 
 
-def evaluate(checkpoint, rows):
-    """Ask a checkpoint the first `rows` held-out rows; returns one record a question."""
-    folder = checkpoint.parent
-    output = folder / "answers" / f"{checkpoint.name}.jsonl"
-    questions = dict(dataset_name=folder / "data/instruct_test.json", limit=rows, batch_size=100, max_new_tokens=16)
+def evaluate(checkpoint, data, rows, max_new_tokens=16):
+    """Ask a checkpoint the first `rows` held-out rows of a data file; returns one record a question."""
+    output = checkpoint.parent / "answers" / f"{data.stem}-{checkpoint.name}.jsonl"
+    questions = dict(dataset_name=data, limit=rows, batch_size=100, max_new_tokens=max_new_tokens)
     run("evaluate.py", model=checkpoint, **questions, device="cpu", output=output)
     return read_answers(output)
 
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    folder, scale, start = args.output_dir, SCALES[args.scale], time.monotonic()
+    folder, (sizes, steps), start = args.output_dir, SCALES[args.scale], time.monotonic()
     mark = folder / ".quickstart"
     if folder.exists() and any(folder.iterdir()) and not mark.exists():
         sys.exit(f"{folder} holds something other than a quickstart's output: pass another --output_dir")
@@ -84,35 +85,43 @@ def main(argv=None):
     torch.set_num_threads(int(ENVIRONMENT["OMP_NUM_THREADS"]))
 
     data, clip, llama = folder / "data", folder / "clip", folder / "llama"
-    write_data(data, scale["held_in"], scale["held_out"])
-    train_backbones(data, clip, llama, scale["tower_steps"], scale["language_model_steps"])
+    write_data(data, **sizes)
+    train_backbones(data, clip, llama, **steps)
 
-    init, stage_1, stage_2, qlora, merged = map(folder.joinpath, ("llava-init", "stage1", "stage2", "qlora", "merged"))
-    single, every = scale["held_out"] * len(QUESTIONS), scale["held_out"] * (len(QUESTIONS) + 1)
+    names = "llava-init", "stage1", "stage2", "qlora", "merged", "multi-image"
+    init, stage_1, stage_2, qlora, merged, several = map(folder.joinpath, names)
+    test, several_test = data / "instruct_test.json", data / "multi_image_test.json"
+    single, every = sizes["held_out"] * len(QUESTIONS), sizes["held_out"] * (len(QUESTIONS) + 1)
     run("build_llava.py", vision_tower=clip, language_model=llama, output_dir=init)
-    answers = {"before": evaluate(init, every)}
+    answers = {"before": evaluate(init, test, every)}
     rows = dict(dataset_name=data / "pretrain.json")
     run("pretrain_projector.py", model_name_or_path=init, **rows, output_dir=stage_1, **STAGE_1)
-    answers["after stage 1"] = evaluate(stage_1, single)
+    answers["after stage 1"] = evaluate(stage_1, test, single)
     # Stage 1 leaves the template without questions in its checkpoint; stage 2 needs the one with them.
     rows = dict(dataset_name=data / "instruct.json", chat_template_path=chat_template_path("vicuna_v1"))
     run("sft_full.py", model_name_or_path=stage_1, **rows, output_dir=stage_2, **STAGE_2)
-    answers["after stage 2"] = evaluate(stage_2, every)
+    answers["after stage 2"] = evaluate(stage_2, test, every)
     run("sft_qlora.py", model_name_or_path=stage_1, **rows, output_dir=qlora, **QLORA)
-    answers["by QLoRA"] = evaluate(qlora, every)
+    answers["by QLoRA"] = evaluate(qlora, test, every)
     run("merge_adapter.py", adapter=qlora, dataset_name=data / "instruct.json", device="cpu", output_dir=merged)
-    pairs = zip(answers["by QLoRA"], evaluate(merged, every), strict=True)
+    pairs = zip(answers["by QLoRA"], evaluate(merged, test, every), strict=True)
     same = [adapter["answer"] == checkpoint["answer"] for adapter, checkpoint in pairs]
+    rows = dict(dataset_name=data / "multi_image.json")
+    run("sft_multi_image.py", model_name_or_path=stage_2, **rows, output_dir=several, **SEVERAL)
+    answers["multi-image"] = evaluate(several, test, every)
+    stages = {"after stage 2": stage_2, "multi-image": several}
+    asked = {name: evaluate(folder, several_test, every, max_new_tokens=64) for name, folder in stages.items()}
+    answers = {ONE_PICTURE: answers, SEVERAL_PICTURES: asked}
 
-    next_command = shlex.join(make_command("chat.py", model=stage_2, image=Path(answers["before"][0]["images"][0])))
+    next_command = shlex.join(make_command("chat.py", model=stage_2, image=Path(asked["multi-image"][0]["images"][0])))
     findings = [
-        rate_titles(answers["after stage 1"], data / "pretrain_test.json"),
+        rate_titles(answers[ONE_PICTURE]["after stage 1"], data / "pretrain_test.json"),
         f"The merged checkpoint gives the adapter's answer to {sum(same)} of {len(same)} questions.",
         f"{args.scale} scale, {(time.monotonic() - start) / 60:.1f} minutes on {os.cpu_count()} CPU cores.",
     ]
-    curves = {"stage 1": stage_1, "stage 2": stage_2, "stage 2 by QLoRA": qlora}
+    curves = {"stage 1": stage_1, "stage 2": stage_2, "stage 2 by QLoRA": qlora, "multi-image": several}
     write_report(folder / "report.html", answers, findings, curves, next_command)
-    rich.print(make_table(answers), *findings, sep="\n")
+    rich.print(*(make_table(name, checkpoints) for name, checkpoints in answers.items()), *findings, sep="\n")
     print(f"Report: {folder / 'report.html'}\nNow talk to it:\n$ {next_command}")
 
 
