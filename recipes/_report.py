@@ -162,12 +162,20 @@ def _read_cells(text: str) -> list[list[str]]:
     return [rows[0], *rows[2:]] if ruled and len(rows) == len(lines) else []
 
 
-def make_table(name: str, answers: dict[str, list[dict]]) -> Table:
-    """`rate_kinds` for a terminal, under the `name` of its footnote."""
-    table = Table(Column(name.lower(), no_wrap=True), "number", *answers, caption=FOOTNOTES[name])
-    for row in rate_kinds(answers):
-        table.add_row(*row)
-    return table
+def make_tables(answers: dict[str, dict[str, list[dict]]]) -> list[Table]:
+    """`rate_kinds` for a terminal: a table for each of `FOOTNOTES` in `answers`."""
+    tables = []
+    for name, checkpoints in answers.items():
+        tables.append(Table(Column("", no_wrap=True), "number", *checkpoints, title=name, caption=FOOTNOTES[name]))
+        for row in rate_kinds(checkpoints):
+            tables[-1].add_row(*row)
+    return tables
+
+
+def rate_merging(adapter: list[dict], merged: list[dict]) -> str:
+    """Say to how many of the same questions both gave the same answer."""
+    same = [one["answer"] == other["answer"] for one, other in zip(adapter, merged, strict=True)]
+    return f"The merged checkpoint gives the adapter's answer to {sum(same)} of {len(same)} questions."
 
 
 def rate_titles(records: list[dict], rows: Path) -> str:
@@ -248,13 +256,13 @@ def _make_chart(name: str, folder: Path) -> dict:
 def _make_section(name: str, answers: dict[str, list[dict]]) -> dict:
     asked = list(zip(*answers.values(), strict=False))
     # One question further in each stride, so that all kinds come up although they follow in turn.
-    places = [place for number in range(12) if (place := number * (len(asked) // 12) + number % 4) < len(asked)]
+    places = {place for number in range(12) if (place := number * (len(asked) // 12) + number % 4) < len(asked)}
     return {
         "name": name,
         "header": ["", "number", *answers],
         "table": rate_kinds(answers),
         "footnote": FOOTNOTES[name],
-        "examples": [_make_example(list(answers), asked[place]) for place in places],
+        "examples": [_make_example(list(answers), asked[place]) for place in sorted(places)],
     }
 
 

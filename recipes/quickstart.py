@@ -1,13 +1,13 @@
 """The whole way to a small LLaVA on real handwritten digits: on a CPU, in minutes, with the scripts for a 7B model.
 
 Trains: a small CLIP and a small Llama from scratch, in place of the pretrained ones that a real run downloads; then
-        what pretrain_projector.py, sft_full.py, sft_qlora.py and, with the vision tower, sft_multi_image.py train.
+        what the recipes train: stage 1, stage 2, QLoRA, and several pictures with the vision tower.
 Data:   scikit-learn's 1,797 scans of digits as PNG files and LLaVA JSON, 300 of them held out from all training.
 
     python recipes/quickstart.py --output_dir quickstart_output
 
 From build_llava.py on, every step is a child process; its command is printed, and you can run it by itself. A second
-run starts over. Measured: MMM minutes on 2 CPU cores; 97.9 % of the held-out questions answered, 33.7 % before; of two
+run starts over. Measured: MMM minutes on 2 CPU cores; 97.9 % of the held-out questions answered, 33.7 % before; on two
 pictures PPP %, of tables' cells CCC % (2026-11-21; benchmarks/LOG.md).
 """
 
@@ -24,7 +24,7 @@ import rich
 import torch
 
 from _digits import QUESTIONS, train_backbones, write_data
-from _report import ONE_PICTURE, SEVERAL_PICTURES, make_table, rate_titles, read_answers, write_report
+from _report import ONE_PICTURE, SEVERAL_PICTURES, make_tables, rate_merging, rate_titles, read_answers, write_report
 from collators import chat_template_path
 
 SCALES = {
@@ -34,12 +34,11 @@ SCALES = {
 # SFTConfig's bf16 and checkpointing and the recipes' loader processes are for GPUs. A log line is a curve's point.
 CPU = dict(use_cpu=True, dtype="float32", bf16=False, activation_checkpointing=False, dataloader_num_workers=0)
 CPU |= dict(logging_steps=10, logging_first_step=True, save_strategy="no", report_to="none")
-# LLaVA-1.5 takes 1e-3 and 2e-5; models this small learn faster and see fewer rows.
+# LLaVA-1.5 takes 1e-3 and 2e-5; models this small learn faster and see fewer rows. A table is new to the tower.
 STAGE_1 = CPU | dict(learning_rate=3e-3, per_device_train_batch_size=16, num_train_epochs=4)
 STAGE_2 = CPU | dict(learning_rate=5e-4, per_device_train_batch_size=32, num_train_epochs=2)
 QLORA = STAGE_2 | dict(learning_rate=3e-3, projector_learning_rate=5e-4, num_train_epochs=1, lora_r=32, lora_alpha=64)
-# A page of small digits is a new sight to this tower.
-SEVERAL = STAGE_2 | dict(learning_rate=1e-3, train_vision_tower=True, gradient_accumulation_steps=1)
+MULTI = STAGE_2 | dict(learning_rate=1e-3, train_vision_tower=True, gradient_accumulation_steps=1)
 # At this size a second thread gains little on an idle machine, and on a busy one costs several times the run.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 
@@ -53,7 +52,7 @@ def make_parser():
 
 def make_command(script, **options):
     words = [Path(sys.executable), Path(__file__).with_name(script)]
-    words += [word for name, value in options.items() for word in (f"--{name}", value)]
+    words += [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
     return [os.path.relpath(word) if isinstance(word, Path) else str(word) for word in words]
 
 
@@ -64,11 +63,11 @@ def run(script, **options):
         sys.exit(f"exit status {status} from\n$ {shlex.join(command)}")
 
 
-def evaluate(checkpoint, data, rows, max_new_tokens=16):
-    """Ask a checkpoint the first `rows` held-out rows of a data file; returns one record a question."""
-    output = checkpoint.parent / "answers" / f"{data.stem}-{checkpoint.name}.jsonl"
-    questions = dict(dataset_name=data, limit=rows, batch_size=100, max_new_tokens=max_new_tokens)
-    run("evaluate.py", model=checkpoint, **questions, device="cpu", output=output)
+def evaluate(checkpoint, data, rows=None):
+    """Ask a checkpoint the held-out rows of `data`, or the first `rows`; returns one record a question."""
+    output = checkpoint.with_name("answers") / f"{data}-{checkpoint.name}.jsonl"
+    questions = dict(dataset_name=checkpoint.with_name("data") / f"{data}_test.json", limit=rows, max_new_tokens=64)
+    run("evaluate.py", model=checkpoint, **questions, batch_size=100, device="cpu", output=output)
     return read_answers(output)
 
 
@@ -83,45 +82,37 @@ def main(argv=None):
     folder.mkdir(parents=True)
     mark.touch()
     torch.set_num_threads(int(ENVIRONMENT["OMP_NUM_THREADS"]))
-
-    data, clip, llama = folder / "data", folder / "clip", folder / "llama"
+    names = "data", "clip", "llama", "llava-init", "stage1", "stage2", "qlora", "merged", "multi-image"
+    data, clip, llama, init, stage_1, stage_2, qlora, merged, multi = map(folder.joinpath, names)
     write_data(data, **sizes)
     train_backbones(data, clip, llama, **steps)
+    titled, instruct, mixed = map(data.joinpath, ("pretrain.json", "instruct.json", "multi_image.json"))
 
-    names = "llava-init", "stage1", "stage2", "qlora", "merged", "multi-image"
-    init, stage_1, stage_2, qlora, merged, several = map(folder.joinpath, names)
-    test, several_test = data / "instruct_test.json", data / "multi_image_test.json"
-    single, every = sizes["held_out"] * len(QUESTIONS), sizes["held_out"] * (len(QUESTIONS) + 1)
     run("build_llava.py", vision_tower=clip, language_model=llama, output_dir=init)
-    answers = {"before": evaluate(init, test, every)}
-    rows = dict(dataset_name=data / "pretrain.json")
-    run("pretrain_projector.py", model_name_or_path=init, **rows, output_dir=stage_1, **STAGE_1)
-    answers["after stage 1"] = evaluate(stage_1, test, single)
+    answers = {"before": evaluate(init, "instruct")}
+    run("pretrain_projector.py", model_name_or_path=init, dataset_name=titled, output_dir=stage_1, **STAGE_1)
+    answers["after stage 1"] = evaluate(stage_1, "instruct", rows=sizes["held_out"] * len(QUESTIONS))
     # Stage 1 leaves the template without questions in its checkpoint; stage 2 needs the one with them.
-    rows = dict(dataset_name=data / "instruct.json", chat_template_path=chat_template_path("vicuna_v1"))
+    rows = dict(dataset_name=instruct, chat_template_path=chat_template_path("vicuna_v1"))
     run("sft_full.py", model_name_or_path=stage_1, **rows, output_dir=stage_2, **STAGE_2)
-    answers["after stage 2"] = evaluate(stage_2, test, every)
+    answers["after stage 2"] = evaluate(stage_2, "instruct")
     run("sft_qlora.py", model_name_or_path=stage_1, **rows, output_dir=qlora, **QLORA)
-    answers["by QLoRA"] = evaluate(qlora, test, every)
-    run("merge_adapter.py", adapter=qlora, dataset_name=data / "instruct.json", device="cpu", output_dir=merged)
-    pairs = zip(answers["by QLoRA"], evaluate(merged, test, every), strict=True)
-    same = [adapter["answer"] == checkpoint["answer"] for adapter, checkpoint in pairs]
-    rows = dict(dataset_name=data / "multi_image.json")
-    run("sft_multi_image.py", model_name_or_path=stage_2, **rows, output_dir=several, **SEVERAL)
-    answers["multi-image"] = evaluate(several, test, every)
-    stages = {"after stage 2": stage_2, "multi-image": several}
-    asked = {name: evaluate(folder, several_test, every, max_new_tokens=64) for name, folder in stages.items()}
-    answers = {ONE_PICTURE: answers, SEVERAL_PICTURES: asked}
-
-    next_command = shlex.join(make_command("chat.py", model=stage_2, image=Path(asked["multi-image"][0]["images"][0])))
+    answers["by QLoRA"] = evaluate(qlora, "instruct")
+    run("merge_adapter.py", adapter=qlora, dataset_name=instruct, device="cpu", output_dir=merged)
+    merging = rate_merging(answers["by QLoRA"], evaluate(merged, "instruct"))
+    run("sft_multi_image.py", model_name_or_path=stage_2, dataset_name=mixed, output_dir=multi, **MULTI)
+    answers["multi-image"] = evaluate(multi, "instruct")
+    asked = {"after stage 2": evaluate(stage_2, "multi_image"), "multi-image": evaluate(multi, "multi_image")}
+    next_command = shlex.join(make_command("chat.py", model=multi, image=Path(asked["multi-image"][0]["images"][0])))
     findings = [
-        rate_titles(answers[ONE_PICTURE]["after stage 1"], data / "pretrain_test.json"),
-        f"The merged checkpoint gives the adapter's answer to {sum(same)} of {len(same)} questions.",
+        rate_titles(answers["after stage 1"], data / "pretrain_test.json"),
+        merging,
         f"{args.scale} scale, {(time.monotonic() - start) / 60:.1f} minutes on {os.cpu_count()} CPU cores.",
     ]
-    curves = {"stage 1": stage_1, "stage 2": stage_2, "stage 2 by QLoRA": qlora, "multi-image": several}
+    curves = {"stage 1": stage_1, "stage 2": stage_2, "stage 2 by QLoRA": qlora, "multi-image": multi}
+    answers = {ONE_PICTURE: answers, SEVERAL_PICTURES: asked}
     write_report(folder / "report.html", answers, findings, curves, next_command)
-    rich.print(*(make_table(name, checkpoints) for name, checkpoints in answers.items()), *findings, sep="\n")
+    rich.print(*make_tables(answers), *findings, sep="\n")
     print(f"Report: {folder / 'report.html'}\nNow talk to it:\n$ {next_command}")
 
 
