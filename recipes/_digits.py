@@ -112,7 +112,7 @@ def write_data(folder: Path, held_in: int, held_out: int, pairs: int, tables: in
         seed: Of the split and of the wordings.
     """
     (folder / "images").mkdir(parents=True)
-    raw, rng = load_digits(), random.Random(seed)
+    raw, rng, grouping = load_digits(), random.Random(seed), random.Random(seed + 1)
     digits = raw.target.tolist()
     pictures = [
         Image.fromarray((255 - scan * 255 / 16).round().astype(np.uint8)) for scan in raw.images
@@ -141,24 +141,24 @@ def write_data(folder: Path, held_in: int, held_out: int, pairs: int, tables: in
                 for kind, (wordings, reply) in QUESTIONS.items()
                 for number, wording in enumerate(wordings)
             ]
-        rows = {"pretrain": pretrain, "instruct": single + several + text_only}
-        rows["multi_image"] = [] if suffix else list(several)
-        kinds = {kind: (held_out, [kind]) for kind in PAIR_QUESTIONS} if suffix else {"pair": (pairs, PAIR_QUESTIONS)}
-        for source, (count, asked) in kinds.items():
-            for number, drawn in enumerate(_draw(rng, scans, count, 2)):
-                turns = _ask_pair(rng, rng.sample(list(asked), len(asked)), *(digits[scan] for scan in drawn))
-                rows["multi_image"].append(_row(f"{source}-{number}", source, turns, [*map(_scan_path, drawn)]))
+        mixed = [] if suffix else [*several]
+        for kind, count in (dict.fromkeys(PAIR_QUESTIONS, held_out) if suffix else {"pair": pairs}).items():
+            for number, (first, second) in enumerate(_draw(grouping, scans, count, 2)):
+                asked = grouping.sample([*PAIR_QUESTIONS], 2) if kind == "pair" else [kind]
+                turns = _ask_pair(grouping, asked, digits[first], digits[second])
+                mixed.append(_row(f"{kind}-{number}", kind, turns, [_scan_path(first), _scan_path(second)]))
         for side in TABLE_SIDES:
-            source = f"table_{side}x{side}"
-            for number, drawn in enumerate(_draw(rng, scans, held_out // 2 if suffix else tables, side * side)):
-                image, page = f"images/{source}{suffix}_{number:04}.png", Image.new("L", (SIDE, SIDE), "white")
+            kind, count = f"table_{side}x{side}", held_out // 2 if suffix else tables
+            for number, drawn in enumerate(_draw(grouping, scans, count, side * side)):
+                image, page = f"images/{kind}{suffix}_{number:04}.png", Image.new("L", (SIDE, SIDE), "white")
                 for place, scan in enumerate(drawn):
                     page.paste(pictures[scan], (place % side * PATCH, place // side * PATCH))
                 page.save(folder / image)
-                turn = rng.choice(TABLE_WORDINGS), write_table([digits[scan] for scan in drawn], side)
-                rows["multi_image"].append(_row(f"{source}-{number}", source, [turn], image))
-        for name, records in rows.items():
-            (folder / f"{name}{suffix}.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
+                turn = grouping.choice(TABLE_WORDINGS), write_table([digits[scan] for scan in drawn], side)
+                mixed.append(_row(f"{kind}-{number}", kind, [turn], image))
+        files = {"pretrain": pretrain, "instruct": single + several + text_only, "multi_image": mixed}
+        for name, rows in files.items():
+            (folder / f"{name}{suffix}.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
 
 
 def write_table(digits: list[int], columns: int) -> str:
