@@ -370,7 +370,8 @@ def _distort(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def _fit(model: torch.nn.Module, loss: Callable[[], torch.Tensor], steps: int, learning_rate: float, description: str):
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.05)
+    # PyTorch's 0.999 averages over 1000 steps, about as many as there are: the language model then learnt less.
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.99), weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, total_steps=steps, pct_start=0.1)
     for _ in track(range(steps), description):
         loss().backward()
