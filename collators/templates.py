@@ -3,12 +3,15 @@
 A file of its own: it reads the `chat_templates/` folder, so it cannot stand in the collator's paste-able file.
 """
 
+import logging
 import re
 from pathlib import Path
 
 from jinja2 import TemplateError
 
 from collators.llava import INTERLEAVED, PLACEMENT, LlavaDataCollator, rendered_placement
+
+logger = logging.getLogger(__name__)
 
 TWINS = ("vicuna_v1", "vip_llava", "mistral_instruct", "llama_2", "chatml", "interleave_qwen", "plain")
 # Each conversation's twin that leaves pictures where they stand in a turn.
@@ -26,10 +29,11 @@ def chat_template_path(name: str) -> Path:
 def training_chat_template(processor, path: str | Path | None = None, *, placement: str = "front") -> str:
     """Choose the chat template to train with, and to save with the processor.
 
-    With `path`, that file. Else the processor's own template, if it marks answers with `{% generation %}`, trains a
-    stop token and is none of the twins; else the twin for `placement` whose prompts equal those of the own template,
-    compared by what both render (a question with a picture, one without, one under a system text); else the own
-    template, which `LlavaDataCollator` judges.
+    With `path`, that file. Else the processor's own template, if it marks answers with `{% generation %}` and trains a
+    stop token; else the twin for `placement` whose prompts equal those of the own template, compared by what both
+    render (a question with a picture, one without, one under a system text); else the own template, which
+    `LlavaDataCollator` judges. A twin that puts pictures first gives way to its keep twin under `"keep"`, which the
+    log says; the other way round only `path` goes, so that no run undoes another's placement unasked.
 
     Args:
         processor: The checkpoint's processor.
@@ -65,9 +69,13 @@ def training_chat_template(processor, path: str | Path | None = None, *, placeme
             f"--chat_template_path with the conversation's template, {example}"
         )
     family = _family(processor, template)
-    twins = {name: _read(name) for name in ([family, KEEP_TWINS[family]] if family else [])}
-    if family and (template in twins.values() or not _trains_a_stop_token(processor, template)):
-        return twins[family if placement == "front" else KEEP_TWINS[family]]
+    is_keep_twin = family is not None and template == _read(KEEP_TWINS[family])
+    if family and not is_keep_twin and (template == _read(family) or not _trains_a_stop_token(processor, template)):
+        if placement == "front":
+            return _read(family)
+        twin = KEEP_TWINS[family]
+        logger.warning("--placement keep: %s in place of the checkpoint's template, which puts pictures first", twin)
+        return _read(twin)
     return _check_placement(processor, template, placement, "the checkpoint's chat template")
 
 
@@ -131,8 +139,9 @@ def tag_images(processor, template: str, image_tag_format: str) -> str:
             "further braces, for example <Image>{}</Image>"
         )
     tag = f"{before}{image}{after}"
-    around = re.findall(rf"(.?){re.escape(image)}(.?)", template, re.DOTALL)
-    if tag not in template and any(left not in "'\"" or right not in "'\"\\ \n" for left, right in around):
+    code = re.sub(r"\{#.*?#\}", "", template, flags=re.DOTALL)
+    around = re.findall(rf"(.?){re.escape(image)}(.?)", code, re.DOTALL)
+    if tag not in template and any(left not in "'\"}" or right not in "'\"{\\ \n" for left, right in around):
         raise ValueError(
             f"image_tag_format={image_tag_format!r}: the chat template has words around {image} already. Pass "
             "--chat_template_path with one that has not, or write these into it yourself."

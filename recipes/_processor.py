@@ -16,8 +16,8 @@ def prepare_processor(processor, script_args, training_args) -> None:
     """Set the chat template, with `--image_tag_format`, and `--image_aspect_ratio` on a loaded processor, in place.
 
     Raises:
-        ValueError: a template that cannot train or would move pictures (`training_chat_template`), tags that cannot
-            be put into it (`tag_images`), or a processor that has an aspect ratio of its own.
+        ValueError: a template that cannot train or places pictures otherwise (`training_chat_template`), tags that
+            cannot be put into it (`tag_images`), or a processor that cuts pictures into tiles.
     """
     template = training_chat_template(processor, training_args.chat_template_path, placement=script_args.placement)
     if script_args.image_tag_format is not None:

@@ -22,8 +22,8 @@ FOOTNOTES = {
     ),
     SEVERAL_PICTURES: (
         "Exact match; of tables also the share of cells with the right digit, where 10 % would be chance. Always the "
-        "likeliest answer would score 50 % for which is larger and 13 % for sums. Stage 2 saw no such question; its "
-        "template puts the pictures ahead of the words."
+        "likeliest answer would score 50 % for which is larger and 13 % for sums. Stage 2 saw no such question, its "
+        "language model knew them from texts alone, and its template puts the pictures ahead of the words."
     ),
 }
 # Well-formed XML too, so that a test can parse it; colours follow the reader's light or dark setting.

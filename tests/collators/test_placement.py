@@ -162,11 +162,18 @@ def test_the_released_template_gives_way_to_its_keep_twin(family):
 
 
 @pytest.mark.parametrize("family", KEEP_TWINS)
-def test_a_checkpoint_of_the_other_placement_gets_the_other_twin(family):
-    front, keep = twin(family), twin(KEEP_TWINS[family])
-    for template in (front, keep):
-        assert training_chat_template(tiny.make_processor(template), placement="keep") == keep
-        assert training_chat_template(tiny.make_processor(template)) == front
+def test_keep_takes_the_other_twin_and_says_so_front_does_not_undo_it(family, caplog):
+    front, keep = tiny.make_processor(twin(family)), tiny.make_processor(twin(KEEP_TWINS[family]))
+    assert training_chat_template(front) == twin(family)
+    assert training_chat_template(keep, placement="keep") == twin(KEEP_TWINS[family])
+    assert not caplog.text
+    assert training_chat_template(front, placement="keep") == twin(KEEP_TWINS[family])
+    assert f"--placement keep: {KEEP_TWINS[family]} in place of the checkpoint's template" in caplog.text
+    with pytest.raises(
+        ValueError, match=rf"--placement front: the checkpoint's .*{family}\.jinja, or --placement keep"
+    ):
+        training_chat_template(keep)
+    assert training_chat_template(keep, chat_template_path(family)) == twin(family)
 
 
 def test_a_template_that_moves_pictures_is_refused_with_its_twins_name(tmp_path):
@@ -318,6 +325,14 @@ def test_tags_are_context_not_answer():
 def test_tags_that_cannot_be_written_are_refused(tags):
     with pytest.raises(ValueError, match="expected words around one {}"):
         tag_images(tiny.make_processor(), twin("vicuna_v1"), tags)
+
+
+def test_tags_go_into_plain_text_and_past_comments():
+    template = "{# writes <image> #}{% for m in messages %}{% for p in m['content'] %}{% if p['type'] == 'image' %}"
+    template += "<image>{% endif %}{% endfor %}{% endfor %}"
+    processor = tiny.make_processor()
+    tagged = tag_images(processor, template, "<Image>{}</Image>")
+    assert processor.apply_chat_template([user("Hi", images=1)], chat_template=tagged) == "<Image><image></Image>"
 
 
 def test_tags_do_not_nest():

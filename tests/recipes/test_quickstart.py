@@ -161,10 +161,22 @@ def test_table_in_markdown_has_its_first_row_as_header():
 
 
 def test_texts_for_the_language_model_show_what_their_answers_say():
-    rng, sums, tables = random.Random(0), 0, 0
+    rng, sums, tables, larger, titles = random.Random(0), 0, 0, 0, 0
     for _ in range(300):
         text = _digits.write_text(rng)
         assert text.endswith("</s>") and "<image>" not in text
+        if title := re.fullmatch(r"((?: \w+)+)The digit (\w+)\.\n</s>", text):
+            shown = [word for word in title[1].split() if word in _digits.WORDS]
+            assert Counter(shown).most_common(1)[0][0] == title[2]
+            titles += 1
+        seen = re.match(
+            r"USER: (?:Here is|First see) (\w+)(?: and here is|, then) (\w+)\. .* ASSISTANT: ([\w ]+)\.", text
+        )
+        if seen and {seen[1], seen[2]} <= {*_digits.WORDS}:
+            first, second = _digits.WORDS.index(seen[1]), _digits.WORDS.index(seen[2])
+            reply = "They are equal" if first == second else "The first" if first > second else "The second"
+            assert re.search(r"larger\? ASSISTANT: ([\w ]+)\.", text)[1] == reply
+            larger += 1
         if plus := re.match(r"USER: (?:What is|Add) (\w+) (?:plus|to) (\w+)[?.].* ASSISTANT: (\w+)\.</s>USER", text):
             first, second, total = (_digits.WORDS.index(word.lower()) for word in plus.groups())
             assert first + second == total
@@ -178,7 +190,12 @@ def test_texts_for_the_language_model_show_what_their_answers_say():
                 4 * row + column for row in range(side) for column in range(side)
             ]
             tables += 1
-    assert sums > 5 and tables > 30
+    assert sums > 5 and tables > 30 and larger > 5 and titles > 20
+
+
+def test_a_pair_shows_two_scans(data):
+    pairs = [row["image"] for row in read(data / "multi_image.json") if row["source"] == "pair"]
+    assert pairs and all(first != second for first, second in pairs)
 
 
 def test_every_file_loads_as_llava_json_with_ids_and_text_only_rows(data):
