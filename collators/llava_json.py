@@ -6,6 +6,7 @@ docs/data_format.md has the formats and every error.
 """
 
 import json
+import math
 import os
 import re
 import warnings
@@ -52,7 +53,7 @@ PICTURE_TYPOS = {
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
 BLANKS = re.compile(r"[ \t\r\n]*")
 
-CACHE_FORMAT = 2  # part of the cache key: raise it whenever the same file must give other rows than before
+CACHE_FORMAT = 3  # part of the cache key: raise it whenever the same file must give other rows than before
 ERRORS_SHOWN = 5
 ROWS_PEEKED = 1000  # that tell a stream its columns, and a file their types unless a later row has others
 # Rows are turned into Arrow before Python's garbage collector counts them as old: 1000 at once take 1.6 times as long.
@@ -234,7 +235,7 @@ def _check(path: str, folder: str, placement: str, types: dict[str, set[type]], 
     errors, bad, fits = [], 0, True
     for row, record in enumerate(read_records(path)):
         try:
-            messages, images = _parse_row(record, folder, reader, is_file)
+            messages, images = parse_row(record, folder, reader, is_file)
         except BadRow as error:
             bad += 1
             if bad <= ERRORS_SHOWN:
@@ -315,7 +316,7 @@ def _rows(path: str, folder: str, placement: str, features: Features, is_file: C
     reader = RowReader(placement)
     for row, record in enumerate(read_records(path)):
         try:
-            messages, images = _parse_row(record, folder, reader, is_file)
+            messages, images = parse_row(record, folder, reader, is_file)
         except BadRow as error:
             raise ValueError(_describe(path, row, record, error)) from None
         columns = {name: record[name] for name in record if name not in reader.shape.columns}
@@ -329,7 +330,8 @@ def read_records(path: str) -> Iterator:
     """Yield the JSON value of each row, or a `BadRow` where there is none, holding one block of text at a time."""
     read = _read_lines if path.lower().endswith(".jsonl") else _read_list
     # Not a global: `datasets` pickles the globals of a pasted cell, and a decoder cannot be pickled.
-    decoder = json.JSONDecoder(parse_int=_int64, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
+    hooks = {"parse_int": _int64, "parse_float": _float64, "parse_constant": _refuse_constant}
+    decoder = json.JSONDecoder(**hooks, object_pairs_hook=_refuse_duplicates)
     rows = 0
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -424,6 +426,13 @@ def _int64(digits: str) -> int:
     return number
 
 
+def _float64(digits: str) -> float:
+    number = float(digits)
+    if math.isinf(number):
+        raise ValueError(f"the number {digits} does not fit in 64 bits (write it as a string)")
+    return number
+
+
 def _broken_json(line: int, error: ValueError) -> BadRow:
     return BadRow(
         f"broken JSON in line {line}: {getattr(error, 'msg', error)}",
@@ -432,7 +441,23 @@ def _broken_json(line: int, error: ValueError) -> BadRow:
     )
 
 
-def _parse_row(record, folder: str, reader: RowReader, is_file: Callable[[str], bool]) -> tuple[list[dict], list[str]]:
+def parse_row(
+    record: object, folder: str, reader: RowReader, is_file: Callable[[str], bool]
+) -> tuple[list[dict], list[str]]:
+    """Check a row of a JSON file.
+
+    Args:
+        record: what `read_records` gave.
+        folder: goes in front of relative picture paths.
+        reader: of this file; it knows the shape of the rows before.
+        is_file: tells whether a picture is there; `bool` looks none up.
+
+    Returns:
+        Its messages and the paths of its pictures.
+
+    Raises:
+        BadRow: `load_rows` would refuse the row.
+    """
     if isinstance(record, BadRow):
         raise record
     if not isinstance(record, dict):

@@ -22,10 +22,18 @@ UNREAD_OF_MS_SWIFT = UNREAD | {"objects": "Write names and boxes into the text, 
 
 
 class BadRow(ValueError):
-    """A row that cannot be used: what was found in it, what is expected, and what to do."""
+    """A row that cannot be used: what was found in it, what is expected, and what to do.
+
+    `expected` is the same text for all rows with the same fault, so that rows can be counted by it.
+    """
 
     def __init__(self, found: str, expected: str, remedy: str):
-        super().__init__(f"found {found}; expected {expected}. {remedy}.")
+        super().__init__(found, expected, remedy)  # all three, or it could not be sent to another process
+        self.expected = expected
+
+    def __str__(self):
+        found, expected, remedy = self.args
+        return f"found {found}; expected {expected}. {remedy}."
 
 
 class Words(NamedTuple):

@@ -7,12 +7,13 @@ lines, and because benchmarks and tests run mixtures without the command line. d
 import hashlib
 import inspect
 import json
+import math
 import os
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
-from dataclasses import MISSING, asdict, dataclass, field, fields, replace
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -25,28 +26,29 @@ import _mixture_steps
 from _mixture_steps import (
     IMAGE,
     KEYS,
-    POSITION,
     ROW_STEPS,
     STEPS,
     STREAM_STEPS,
-    BadRow,
     Context,
     count_tokens,
-    decode_row,
     draw,
     encode_row,
     load_tokenizer,
+    pack_row,
     read_row,
-    sort_lines,
-    write_row,
+    sort_records,
+    unpack_row,
 )
+from collators import llava_json, row_shapes
 from collators.llava_json import read_records
+from collators.row_shapes import BadRow
 
 BAD_ROWS_SHOWN = 5
 # 1000 rows at once grow old enough for Python's garbage collector to look through them again and again: 15 % slower.
 CHUNK_ROWS = 100
 CHUNKS_AHEAD = 8  # a process: enough to keep it busy, few enough to hold memory constant
-ROWS_IN, ROWS_OUT = "rows_in", "rows_out"
+READ = -1  # the number of the step that checks a row, before those of the mixture file
+ROWS_IN, ROWS_OUT, INVALID = "rows_in", "rows_out", "invalid rows: expected "
 
 
 @dataclass
@@ -75,10 +77,14 @@ def load_mixture(path: str | os.PathLike) -> Mixture:
         path: YAML with `sources` and, if wanted, `shuffle: true`. Paths in it start at the working directory.
 
     Raises:
-        ValueError: An unknown key, step or option (the known ones are listed), or a value of the wrong type.
+        ValueError: No YAML, a key that stands twice, an unknown key, step or option (the known ones are listed), or a
+            value of the wrong type.
         FileNotFoundError: The file or a source's `path` or `image_folder` does not exist.
     """
-    content = yaml.safe_load(Path(path).read_text("utf-8"))
+    try:
+        content = yaml.load(Path(path).read_text("utf-8"), _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path}: {error}") from None
     _check_keys(f"{path}", content, Mixture)
     sources = []
     for number, entry in enumerate(content["sources"]):
@@ -96,6 +102,17 @@ def load_mixture(path: str | os.PathLike) -> Mixture:
     if not names or len(set(names)) < len(names):
         raise ValueError(f"{path}: found the names {names}; expected one or more sources, each with its own name")
     return Mixture(sources, content.get("shuffle", False))
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML takes the last of two equal keys in silence, and the first list of steps would be gone."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        if twice := [key for key, count in keys.items() if count > 1]:
+            raise yaml.MarkedYAMLError(problem=f"found the key {twice[0]!r} twice", problem_mark=node.start_mark)
+        return node
 
 
 def _check_keys(where: str, found: object, kind: type, defaults: tuple[str, ...] = ()) -> dict:
@@ -130,13 +147,13 @@ def _check_step(where: str, step: object) -> tuple[str, dict]:
         wanted = known[option].annotation
         fits = isinstance(value, wanted) and (isinstance(value, bool) == (wanted is bool))
         if isinstance(value, int | float):
-            fits = fits and (isinstance(value, bool) or value > 0)
+            fits = fits and (isinstance(value, bool) or 0 < value < math.inf)
         elif fits:
             texts = value if isinstance(value, list) else [value]
             fits = texts and all(isinstance(text, str) and IMAGE not in text for text in texts)
         if not fits:
             kind = inspect.formatannotation(wanted)
-            expected = f"{kind}; numbers above 0, texts without {IMAGE}, lists that are not empty"
+            expected = f"{kind}; finite numbers above 0, texts without {IMAGE}, lists that are not empty"
             raise ValueError(f"{where}: found {name}: {option}: {value!r}; expected {expected}")
     if name == "sample" and len(options) != 1:
         raise ValueError(f"{where}: found sample: {options!r}; expected either rows or share")
@@ -144,12 +161,11 @@ def _check_step(where: str, step: object) -> tuple[str, dict]:
 
 
 @dataclass
-class Part:
-    """What a segment made of one chunk."""
+class Account:
+    """What became of the rows of a source, or of one chunk of them."""
 
-    steps: list[Counter]
-    lines: list[bytes] = field(default_factory=list)
-    bad: list[tuple[str, str, str]] = field(default_factory=list)  # reason, position and id, message
+    steps: defaultdict[int, Counter] = field(default_factory=lambda: defaultdict(Counter))  # by number; see READ
+    named: list[str] = field(default_factory=list)  # the first rows that could not be used
     totals: Counter = field(default_factory=Counter)
 
 
@@ -158,67 +174,53 @@ class Segment:
     """Neighbouring row steps of a source, and what a process needs to run them."""
 
     source: Source
-    steps: list[tuple[int, str, dict]]  # number in the source, name, options
-    image_prefix: str
+    steps: list[tuple[int, Callable, dict]]  # number in the source, function, options
     folder: str
     seed: int
     tokenizer: str | None
-    key: Callable[[dict], bytes] | None = None  # what goes in front of each line
+    place: str  # what its rows are called in errors
+    key: Callable[[dict], str] | None = None  # what goes beside each row
     last: bool = False
 
-    def __call__(self, chunk: tuple[int, list]) -> Part:
-        """Run the steps on a chunk: the position of its first row, and records (not yet read) or encoded rows."""
+    def __call__(self, chunk: tuple[int, list]) -> tuple[Account, list]:
+        """Run the steps on a chunk: the position of its first row, and records or packed rows."""
         first, items = chunk
-        part = Part(steps=[Counter() for _ in self.steps])
+        account, made, texts = Account(), [], []
         contexts = [
-            Context(self.seed, self.source.name, number, self.folder, self.tokenizer, counts)
-            for (number, _, _), counts in zip(self.steps, part.steps, strict=True)
+            Context(self.seed, self.source.name, number, self.folder, self.tokenizer, account.steps[number])
+            for number, _, _ in self.steps
         ]
-        texts = []
         for position, item in enumerate(items, first):
-            row = decode_row(item) if isinstance(item, bytes) else item
-            try:
-                if row is item:
-                    row = read_row(item, self.image_prefix, self.source.name)
-                rows = self._run(row, position, contexts)
-            except BadRow as error:
-                known = isinstance(row, dict) and row.get("id") is not None
-                reason, message = error.args
-                part.bad.append((reason, f"{position} (id {row['id']!r})" if known else f"{position}", message))
-                continue
-            for row in rows:
+            record = unpack_row(item) if isinstance(item, bytes) else item
+            for row in self._run(record, position, contexts, account):
                 if self.last:
-                    part.totals["rows"] += 1
-                    part.totals["turns"] += len(row["conversations"])
-                    part.totals["pictures"] += len(row["images"])
+                    account.totals["rows"] += 1
+                    account.totals["turns"] += len(row["conversations"])
+                    account.totals["pictures"] += len(row["images"])
                     texts += [turn["value"] for turn in row["conversations"]] if self.tokenizer else []
-                    row = write_row(row)
-                line = encode_row(row)
-                part.lines.append(self.key(row) + line if self.key else line)
+                    made.append(encode_row(row))
+                else:
+                    made.append((self.key(row), pack_row(row)) if self.key else pack_row(row))
         if texts:
-            part.totals["tokens"] += sum(count_tokens(self.tokenizer, texts))
-        return part
+            account.totals["tokens"] += sum(count_tokens(self.tokenizer, texts))
+        return account, made
 
-    def _run(self, row: dict, position: int, contexts: list[Context]) -> list[dict]:
+    def _run(self, row: object, position: int, contexts: list[Context], account: Account) -> list[dict]:
         rows = [row]
-        for (_, name, options), context in zip(self.steps, contexts, strict=True):
+        for (_, step, options), context in zip(self.steps, contexts, strict=True):
             context.counts[ROWS_IN] += len(rows)
             before, rows = rows, []
             for copy, row in enumerate(before):
                 context.row = (position, copy)
-                rows += STEPS[name](row, context, **options)
+                try:
+                    rows += [*step(row, context, **options)]
+                except BadRow as error:
+                    known = isinstance(row, dict) and row.get("id") is not None
+                    which = f"{position} (id {row['id']!r})" if known else f"{position}"
+                    account.named.append(f"{self.source.path}, {self.place} {which}: {error}")
+                    context.counts[f"{INVALID}{error.expected}"] += 1
             context.counts[ROWS_OUT] += len(rows)
         return rows
-
-
-@dataclass
-class Report:
-    """What became of a source."""
-
-    steps: list[Counter]
-    invalid: Counter = field(default_factory=Counter)  # rows by reason
-    named: list[str] = field(default_factory=list)  # the first of them
-    totals: Counter = field(default_factory=Counter)
 
 
 def write_mixture(
@@ -231,7 +233,7 @@ def write_mixture(
 ) -> dict:
     """Run every source through its steps and write the rows as one JSONL file.
 
-    The file has the same bytes for any `num_workers`. It appears under its name when it is complete.
+    The file has the same bytes for any `num_workers`.
 
     Args:
         mixture: From `load_mixture`.
@@ -241,104 +243,91 @@ def write_mixture(
         num_workers: Processes that check rows and run the steps on single rows; 1 means this process alone.
 
     Returns:
-        The summary: `sources` (for each its name, rows read, `invalid` by reason, `steps` with rows in, rows out and
-        what was left out, then rows, turns, pictures and tokens written; tokens is None without a tokenizer) and
-        `total`.
+        The summary: `sources` (for each its name, rows read, the first invalid ones, `steps`, reading the first of
+        them, with rows in, rows out and what was left out, then rows, turns, pictures and tokens written; tokens is
+        None without a tokenizer) and `total`.
 
     Raises:
         ValueError: Rows that cannot be used in a source without `drop_invalid` (the first five named), a `sample` of
-            more rows than there are, `truncate` without a tokenizer, no row left, or the output is a source.
+            more rows than there are, `truncate` without a tokenizer, or no row left.
     """
     truncates = [source.name for source in mixture.sources if any(name == "truncate" for name, _ in source.steps)]
     if truncates and tokenizer is None:
         raise ValueError(f"source {truncates[0]}: truncate counts tokens; pass --tokenizer")
     if tokenizer is not None:
         load_tokenizer(tokenizer)  # a wrong name shows now, not after the first sort
-    output = Path(output)
-    if os.path.realpath(output) in {os.path.realpath(source.path) for source in mixture.sources}:
-        raise ValueError(f"{output}: found that the output is also a source; pass another --output")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.path.realpath(output.parent)
-    partial_file = output.with_name(f"{output.name}.partial")
-    reports = [Report([Counter() for _ in source.steps]) for source in mixture.sources]
+    folder = os.path.realpath(Path(output).parent)
+    accounts = [Account() for _ in mixture.sources]
     pool = ProcessPoolExecutor(num_workers) if num_workers > 1 else nullcontext()
-    try:
-        with pool as executor, partial_file.open("wb") as file:
-            run = partial(_run_segment, executor, num_workers * CHUNKS_AHEAD)
-            lines = chain.from_iterable(
-                _run_source(source, report, run, folder, seed, tokenizer)
-                for source, report in zip(mixture.sources, reports, strict=True)
-            )
-            file.writelines(_shuffle(lines, seed, folder) if mixture.shuffle else lines)
-        summary = _summarise(mixture, reports, tokenizer)
-        if not summary["total"]["rows"]:
-            raise ValueError(f"{output}: no row is left of {summary['total']['rows_read']}; nothing was written")
-        os.replace(partial_file, output)
-    finally:
-        partial_file.unlink(missing_ok=True)
+    with pool as executor, open(output, "wb") as file:
+        run = partial(_run_segment, executor, num_workers * CHUNKS_AHEAD)
+        lines = chain.from_iterable(
+            _run_source(source, account, run, folder, seed, tokenizer)
+            for source, account in zip(mixture.sources, accounts, strict=True)
+        )
+        file.writelines(_shuffle(lines, seed, folder) if mixture.shuffle else lines)
+    summary = _summarise(mixture, accounts, tokenizer)
+    if not summary["total"]["rows"]:
+        raise ValueError(f"no row is left of {summary['total']['rows_read']}; nothing was written")
     return summary
 
 
 def _run_source(
-    source: Source, report: Report, run: Callable, folder: str, seed: int, tokenizer: str | None
+    source: Source, account: Account, run: Callable, folder: str, seed: int, tokenizer: str | None
 ) -> Iterator[bytes]:
-    segments = [Segment(source, [], _image_prefix(source, folder), folder, seed, tokenizer)]
+    make = partial(Segment, source, folder=folder, seed=seed, tokenizer=tokenizer)
+    segments = [make([(READ, read_row, {"image_prefix": _image_prefix(source, folder)})], place="row")]
     stream_steps = []
     for number, (name, options) in enumerate(source.steps):
         if name in ROW_STEPS:
-            segments[-1].steps.append((number, name, options))
+            segments[-1].steps.append((number, ROW_STEPS[name], options))
         else:
             stream_steps.append((number, name, options))
             segments[-1].key = KEYS.get(name)
-            segments.append(replace(segments[0], steps=[], key=None))
+            segments.append(make([], place=f"row behind {name}"))
     segments[-1].last = True
 
-    lines = run(segments[0], track(_read(source, report), description=source.name), report, "row")
+    rows = run(segments[0], track(_read(source), description=source.name), account)
     for (number, name, options), segment in zip(stream_steps, segments[1:], strict=True):
-        counts = report.steps[number]
+        counts = account.steps[number]
         context = Context(seed, source.name, number, folder, tokenizer, counts)
-        lines = STREAM_STEPS[name](_count(lines, counts, ROWS_IN), context, **options)
-        lines = run(segment, _count(lines, counts, ROWS_OUT), report, f"row behind {name}")
-    yield from lines
+        rows = STREAM_STEPS[name](_count(rows, counts, ROWS_IN), context, **options)
+        rows = run(segment, _count(rows, counts, ROWS_OUT), account)
+    yield from rows
 
 
 def _image_prefix(source: Source, folder: str) -> str:
-    # `folder` is a real path: the system follows a link before it takes the ".." behind it.
-    prefix = os.path.relpath(source.image_folder, folder)
+    # `folder` is a real path: the system follows a link before it takes the ".." behind it. So in `image_folder`.
+    start = source.image_folder
+    prefix = os.path.relpath(os.path.realpath(start) if os.pardir in Path(start).parts else start, folder)
     return "" if prefix == "." else prefix
 
 
-def _read(source: Source, report: Report) -> Iterator:
+def _read(source: Source) -> Iterator:
     for record in read_records(source.path):
-        report.totals["rows_read"] += 1
-        if isinstance(record, ValueError):
-            if source.path.lower().endswith(".json") and "broken JSON" in str(record):
-                raise ValueError(f"{source.path}: {record} What stands behind it in the list cannot be read.")
-            record = BadRow("unreadable JSON", str(record))
+        if isinstance(record, BadRow) and source.path.lower().endswith(".json") and "broken JSON" in str(record):
+            raise ValueError(f"{source.path}: {record} What stands behind it in the list cannot be read.")
         yield record
 
 
 def _run_segment(
-    executor: ProcessPoolExecutor | None, ahead: int, segment: Segment, items: Iterable, report: Report, place: str
-) -> Iterator[bytes]:
+    executor: ProcessPoolExecutor | None, ahead: int, segment: Segment, items: Iterable, account: Account
+) -> Iterator:
     """Run a segment over chunks of rows, in the rows' order, with at most `ahead` chunks in other processes."""
-    source = segment.source
-    invalid = 0
-    for part in _map_ahead(executor, ahead, segment, _chunks(items)):
-        for (number, _, _), counts in zip(segment.steps, part.steps, strict=True):
-            report.steps[number].update(counts)
-        report.totals.update(part.totals)
-        for reason, which, message in part.bad:
-            report.invalid[reason] += 1
-            if len(report.named) < BAD_ROWS_SHOWN:
-                report.named.append(f"{source.path}, {place} {which}: {message}")
-        invalid += len(part.bad)
-        yield from part.lines
-    if invalid and not source.drop_invalid:
-        counted = ", ".join(f"{count} {reason}" for reason, count in report.invalid.most_common())
+    for part, made in _map_ahead(executor, ahead, segment, _chunks(items)):
+        for number, counts in part.steps.items():
+            account.steps[number].update(counts)
+        account.totals.update(part.totals)
+        account.named += part.named[: BAD_ROWS_SHOWN - len(account.named)]
+        yield from made
+    if account.named and not segment.source.drop_invalid:
+        bad = Counter()
+        for counts in account.steps.values():
+            bad.update({why: count for why, count in counts.items() if why.startswith(INVALID)})
+        counted = "; ".join(f"{count} {why.removeprefix('invalid rows: ')}" for why, count in bad.most_common())
         raise ValueError(
-            f"source {source.name}: {invalid} rows cannot be used ({counted}). Correct them, or set "
-            "drop_invalid: true. The first:\n" + "\n".join(report.named)
+            f"source {segment.source.name}: {bad.total()} rows cannot be used ({counted}). Correct them, or set "
+            "drop_invalid: true. The first:\n" + "\n".join(account.named)
         )
 
 
@@ -363,37 +352,33 @@ def _map_ahead(executor: ProcessPoolExecutor | None, ahead: int, function: Calla
         yield waiting.popleft().result()
 
 
-def _count(lines: Iterable[bytes], counts: Counter, name: str) -> Iterator[bytes]:
-    for line in lines:
+def _count(rows: Iterable, counts: Counter, name: str) -> Iterator:
+    for row in rows:
         counts[name] += 1
-        yield line
+        yield row
 
 
 def _shuffle(lines: Iterable[bytes], seed: int, folder: str) -> Iterator[bytes]:
-    width = 16 + POSITION
-    keyed = (
-        b"%016x%0*x" % (draw(seed, "shuffle", position), POSITION, position) + line
-        for position, line in enumerate(lines)
-    )
-    return (line[width:] for line in sort_lines(keyed, folder))
+    keyed = ((draw(seed, "shuffle", position), position, line) for position, line in enumerate(lines))
+    return (line for _, _, line in sort_records(keyed, folder))
 
 
-def _summarise(mixture: Mixture, reports: list[Report], tokenizer: str | None) -> dict:
+def _summarise(mixture: Mixture, accounts: list[Account], tokenizer: str | None) -> dict:
     sources = []
-    for source, report in zip(mixture.sources, reports, strict=True):
+    for source, account in zip(mixture.sources, accounts, strict=True):
         steps = []
-        for (name, _), counts in zip(source.steps, report.steps, strict=True):
-            left_out = {reason: count for reason, count in counts.items() if reason not in (ROWS_IN, ROWS_OUT)}
-            steps.append({"step": name, ROWS_IN: counts[ROWS_IN], ROWS_OUT: counts[ROWS_OUT], "left_out": left_out})
+        for number, (name, _) in enumerate([("read", {}), *source.steps], READ):
+            left_out = dict(account.steps[number])
+            flow = {count: left_out.pop(count, 0) for count in (ROWS_IN, ROWS_OUT)}
+            steps.append({"step": name, **flow, "left_out": left_out})
         sources.append(
             {
                 "name": source.name,
-                "rows_read": report.totals["rows_read"],
-                "invalid": dict(report.invalid),
-                "first_invalid": report.named,
+                "rows_read": steps[0][ROWS_IN],
+                "first_invalid": account.named,
                 "steps": steps,
-                **{name: report.totals[name] for name in ("rows", "turns", "pictures")},
-                "tokens": report.totals["tokens"] if tokenizer else None,
+                **{name: account.totals[name] for name in ("rows", "turns", "pictures")},
+                "tokens": account.totals["tokens"] if tokenizer else None,
             }
         )
     names = ("rows_read", "rows", "turns", "pictures", *(["tokens"] if tokenizer else []))
@@ -402,27 +387,22 @@ def _summarise(mixture: Mixture, reports: list[Report], tokenizer: str | None) -
 
 
 def stamp(mixture: Mixture, output: str | os.PathLike, *, seed: int, tokenizer: str | None) -> dict:
-    """All that the output depends on: settings, code, and path, size, time and both ends of every input."""
-    code = b"".join(Path(file).read_bytes() for file in (__file__, _mixture_steps.__file__))
+    """All that the output depends on: settings, and the contents of sources, tokenizer folder and code.
+
+    Two things are not in it: what a hub id stands for, and which pictures exist.
+    """
     folder = os.path.realpath(Path(output).parent)
+    code = [__file__, *(module.__file__ for module in (_mixture_steps, llava_json, row_shapes))]
+    vocabulary = sorted(file for file in Path(tokenizer or os.devnull).rglob("*") if file.is_file())
     return {
         "mixture": json.loads(json.dumps(asdict(mixture))),
         "seed": seed,
         "tokenizer": tokenizer,
-        "code": hashlib.blake2b(code, digest_size=8).hexdigest(),
-        "inputs": [
-            [os.path.realpath(source.path), os.stat(source.path).st_mtime_ns, *stamp_content(source.path)]
-            for source in mixture.sources
-        ],
+        "inputs": [digest(file) for file in (*code, *vocabulary, *(source.path for source in mixture.sources))],
         "image_prefixes": [_image_prefix(source, folder) for source in mixture.sources],
     }
 
 
-def stamp_content(path: str | os.PathLike) -> list:
-    """The size of a file in bytes and a digest of its first and last MiB."""
-    size = os.path.getsize(path)
+def digest(path: str | os.PathLike) -> str:
     with open(path, "rb") as file:
-        ends = file.read(1 << 20)
-        file.seek(max(size - (1 << 20), 0))
-        ends += file.read()
-    return [size, hashlib.blake2b(ends, digest_size=8).hexdigest()]
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,37 +8,32 @@ import hashlib
 import heapq
 import json
 import os
+import pickle
 import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from itertools import groupby
+from itertools import chain, groupby
+from pathlib import Path
 from string import ascii_uppercase
+from sys import getsizeof
 from typing import IO
 
 from transformers import AutoTokenizer
 
-from collators.llava_json import PICTURE_TYPOS
+from collators.llava_json import parse_row
+from collators.row_shapes import MARKERS, BadRow, RowReader
 
 IMAGE = "<image>"
-IMAGE_COLUMNS = PICTURE_TYPOS | {"image", "images"}
-SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
-TURN_KEYS = {"from", "value"}
-MARKER = re.compile(r"<image>\n?|\n<image>")
+SPEAKERS = {"user": "human", "assistant": "gpt", "system": "system"}
 LEADING_MARKERS = re.compile(r"(?:<image>\n?)*")
-RUN_BYTES = 128 << 20  # lines that a sort holds in memory at once
+FRONT = MARKERS["front"]  # a marker with the newline that belongs to it where pictures stand in front
+RUN_BYTES = 128 << 20  # of records that a sort holds in memory at once
 RUNS_OPEN = 100  # sorted runs on disk before they become one: systems allow 256 open files or more
-POSITION, DIGEST = 12, 32  # width of the hexadecimal sort keys in front of a line
-ALONE = b"-" * DIGEST
 
 _encode = json.JSONEncoder(ensure_ascii=False).encode
-_decode = json.JSONDecoder().decode
-
-
-class BadRow(ValueError):
-    """A row that cannot be used: `BadRow(reason, message)`. Rows are counted by the reason."""
 
 
 @dataclass
@@ -62,88 +57,30 @@ def draw(*key: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest())
 
 
-def read_row(record: object, image_prefix: str, source: str) -> dict:
-    """Check a row by the rules of `collators.load_rows` and bring it into the form that the steps take.
+def read_row(record: object, context: Context, *, image_prefix: str) -> Iterator[dict]:
+    """Check a row as `collators.load_rows` does and bring it into the form that the steps take.
 
-    Args:
-        record: A row of LLaVA JSON.
-        image_prefix: The way from the output's folder to the source's pictures, put in front of relative paths.
-        source: Name for the column `source`.
-
-    Returns:
-        The row with `images` (a list of paths, empty for text) in place of `image`, speakers human, gpt and system,
-        and `source`; other columns stay.
+    That form has `images` (a list of paths, empty for text) in place of `image`, the speakers human, gpt and system,
+    a system turn in place of a column `system`, and `source`; other columns stay. `image_prefix` is the way from the
+    output's folder to the source's pictures, put in front of relative paths.
 
     Raises:
-        BadRow: `load_rows` would refuse the row.
+        BadRow: `load_rows` would refuse the row, or it has another trainer's shape.
     """
-    if isinstance(record, BadRow):
-        raise record
-    if not isinstance(record, dict):
-        raise BadRow("not an object", f"found a row of type {type(record).__name__}; expected an object.")
-    turns = record.get("conversations")
-    if not isinstance(turns, list) or "messages" in record:
-        found = f"found the keys {list(record)} with 'conversations' of type {type(turns).__name__}"
-        raise BadRow("no conversations", f"{found}; expected a list 'conversations', and no 'messages'.")
-    turns = [_read_turn(number, turn) for number, turn in enumerate(turns)]
-    speakers = [turn["from"] for turn in turns]
-    talk = speakers[1:] if speakers[:1] == ["system"] else speakers
-    if not talk or talk != ["human", "gpt"] * (len(talk) // 2):
-        raise BadRow(
-            "turns out of order",
-            f"found the order {', '.join(speakers)[:200] or 'of no turns'}; expected an optional system turn, then "
-            "human and gpt in alternation, human first and gpt last.",
-        )
-    images = _read_images(record)
-    markers = sum(turn["value"].count(IMAGE) for turn in turns if turn["from"] == "human")
-    if markers != len(images) or any(IMAGE in turn["value"] for turn in turns if turn["from"] != "human"):
-        raise BadRow(
-            "<image> and pictures differ",
-            f"found {markers} <image> in the human turns and {len(images)} pictures; expected as many <image> as "
-            "pictures, and none in another turn.",
-        )
-    images = [os.path.join(image_prefix, image) for image in images]
-    row = {name: value for name, value in record.items() if name not in ("image", "images", "conversations")}
-    return {**row, "source": source, "images": images, "conversations": turns}
-
-
-def _read_turn(number: int, turn: object) -> dict:
-    if not isinstance(turn, dict) or {key for key in turn if turn[key] is not None} != TURN_KEYS:
-        found = f"found turn {number}: {repr(turn)[:80]}"
-        raise BadRow("a malformed turn", f"{found}; expected 'from' and 'value' alone.")
-    speaker, value = turn["from"], turn["value"]
-    if not isinstance(speaker, str) or speaker not in SPEAKERS:
-        found = f"found turn {number} from {speaker!r}"
-        raise BadRow("an unknown speaker", f"{found}; expected one of {', '.join(SPEAKERS)}.")
-    if not isinstance(value, str):
-        found = f"found turn {number} with a value of type {type(value).__name__}"
-        raise BadRow("a malformed turn", f"{found}; expected a string.")
-    return {"from": SPEAKERS[speaker], "value": value}
-
-
-def _read_images(record: dict) -> list[str]:
-    image, images = record.get("image"), record.get("images")
-    given = images if image is None else image
-    if given is None and not any(record[key] for key in record if key.lower() in IMAGE_COLUMNS):
-        return []  # a text-only row
-    paths = [given] if isinstance(given, str) else given
-    both = image is not None and images is not None
-    if both or not isinstance(paths, list) or not all(isinstance(path, str) and path for path in paths):
-        columns = {key: value for key, value in record.items() if key.lower() in IMAGE_COLUMNS}
-        raise BadRow(
-            "unclear pictures",
-            f"found {repr(columns)[:120]}; expected a path or a list of paths in either 'image' or 'images', null or "
-            "neither in a text-only row.",
-        )
-    return paths
-
-
-def write_row(row: dict) -> dict:
-    """The reverse of `read_row`: one picture goes into `image`, several into `images`, none into neither."""
-    columns = {name: value for name, value in row.items() if name not in ("images", "conversations")}
-    images = row["images"]
-    pictures = {} if not images else {"image": images[0]} if len(images) == 1 else {"images": images}
-    return {**columns, **pictures, "conversations": row["conversations"]}
+    reader = RowReader("keep")  # one a row: which rows share a chunk must not matter
+    messages, images = parse_row(record, image_prefix, reader, is_file=bool)
+    if "conversations" not in reader.shape.keys:
+        found = " and ".join(map(repr, reader.shape.keys))
+        raise BadRow(f"the keys {found}", "'conversations'", "Rewrite the row in LLaVA's shape: no other is mixed")
+    turns = record["conversations"]
+    if len(messages) > len(turns):
+        turns = [{"value": record["system"]}, *turns]
+    turns = [
+        {"from": SPEAKERS[message["role"]], "value": turn["value"]}
+        for message, turn in zip(messages, turns, strict=True)
+    ]
+    row = {name: value for name, value in record.items() if name not in reader.shape.columns}
+    yield {**row, "source": context.source, "images": images, "conversations": turns}
 
 
 def _exchanges(row: dict) -> tuple[list[dict], list[list[dict]]]:
@@ -168,6 +105,13 @@ def _keep_exchanges(row: dict, kept: Iterable[int]) -> dict:
     return {**row, "images": images, "conversations": turns}
 
 
+def _end_line(question: str) -> str:
+    """The question and a line break that is still there when a picture at its end has gone to the front."""
+    if not FRONT.sub("", question):  # pictures alone, as in captions
+        return question and question.removesuffix("\n") + "\n"
+    return question + ("\n" if FRONT.sub("", question + "\n").endswith("\n") else "\n\n")
+
+
 def add_prompt(row: dict, context: Context, *, prompt: str | list, every_turn: bool = False) -> Iterator[dict]:
     """Append a response-format prompt to the first question, or to every question.
 
@@ -180,15 +124,14 @@ def add_prompt(row: dict, context: Context, *, prompt: str | list, every_turn: b
     for number, (question, answer) in enumerate(exchanges):
         if every_turn or number == 0:
             chosen = prompts[context.draw(number) % len(prompts)] if len(prompts) > 1 else prompts[0]
-            markers = LEADING_MARKERS.match(question["value"]).group()
-            text = question["value"].removeprefix(markers)
+            text = question["value"]
             if "{question}" in chosen:
-                text = chosen.replace("{question}", text)
-            elif text:
-                text = f"{text}\n{chosen}"
-            else:  # a picture alone, as in captions
-                text = f"\n{chosen}" if markers and not markers.endswith("\n") else chosen
-            question = {"from": "human", "value": f"{markers}{text}"}
+                markers = LEADING_MARKERS.match(text).group()
+                asked = text.removeprefix(markers)
+                text = markers + chosen.replace("{question}\n", _end_line(asked)).replace("{question}", asked)
+            else:
+                text = _end_line(text) + chosen
+            question = {"from": "human", "value": text}
         turns += [question, answer]
     yield {**row, "conversations": turns}
 
@@ -204,16 +147,16 @@ def rotate_choices(row: dict, context: Context) -> Iterator[dict]:
     usable = usable and all(isinstance(choice, str) and IMAGE not in choice for choice in choices)
     if not usable or len(turns) % 2 or len(turns) > 2 or choices.count(turns[1]["value"]) != 1:
         raise BadRow(
-            "unusable choices",
-            f"found 'choices': {repr(choices)[:80]} with {len(turns)} turns; expected one question, a list of 2 to 26 "
-            "texts and an answer that is one of them.",
+            f"'choices': {repr(choices)[:80]} with {len(turns)} turns",
+            "one question, a list of 2 to 26 texts and an answer that is one of them",
+            "Correct the row, or leave it out",
         )
     question, answer = turns
     rest = {name: value for name, value in row.items() if name != "choices"}
     for start in range(len(choices)):
         options = choices[start:] + choices[:start]
         lines = [f"{letter}. {option}" for letter, option in zip(ascii_uppercase, options, strict=False)]
-        text = "\n".join([question["value"], *lines])
+        text = _end_line(question["value"]) + "\n".join(lines)
         letter = ascii_uppercase[options.index(answer["value"])]
         yield {**rest, "conversations": [{"from": "human", "value": text}, {"from": "gpt", "value": letter}]}
 
@@ -282,111 +225,126 @@ def repeat(row: dict, context: Context, *, times: int) -> Iterator[dict]:
     yield from [row] * times
 
 
-def merge_same_image(lines: Iterable[bytes], context: Context) -> Iterator[bytes]:
+def merge_same_image(records: Iterable[tuple[str, bytes]], context: Context) -> Iterator[bytes]:
     """Join the conversations of all rows that have one picture, the same one, and the same system turn.
 
-    The joined row has the first row's columns and stands in the first row's place; only the first question that had
-    the picture keeps its `<image>`. Rows with no picture or several pass through.
+    The joined row has the first row's columns, but not its `choices`, and stands in the first row's place; only the
+    first question that had the picture keeps its `<image>`. Rows with no picture or several pass through.
     """
-    numbered = (line[:DIGEST] + b"%0*x" % (POSITION, position) + line[DIGEST:] for position, line in enumerate(lines))
-    merged = _merge_groups(sort_lines(numbered, context.folder), context.counts)
-    return (line[POSITION:] for line in sort_lines(merged, context.folder))
+    numbered = ((key, position, packed) for position, (key, packed) in enumerate(records))
+    merged = _merge_groups(sort_records(numbered, context.folder), context.counts)
+    return (packed for _, packed in sort_records(merged, context.folder))
 
 
-def image_key(row: dict) -> bytes:
-    """What `merge_same_image` wants in front of a line: equal for rows that belong together, `ALONE` for others."""
+def image_key(row: dict) -> str:
+    """What `merge_same_image` wants beside a row: equal for rows that belong together, empty for others."""
     if len(row["images"]) != 1:
-        return ALONE
+        return ""
     system, _ = _exchanges(row)
-    identity = "\0".join([*row["images"], *(turn["value"] for turn in system)])
-    return hashlib.blake2b(identity.encode(), digest_size=DIGEST // 2).hexdigest().encode()
+    return "\0".join([str(Path(*row["images"])), *(turn["value"] for turn in system)])  # a Path drops "./" and "//"
 
 
-def _merge_groups(lines: Iterable[bytes], counts: Counter) -> Iterator[bytes]:
-    for digest, group in groupby(lines, key=lambda line: line[:DIGEST]):
-        group = (line[DIGEST:] for line in group)
-        if digest == ALONE:
-            yield from group
+def _merge_groups(records: Iterable[tuple], counts: Counter) -> Iterator[tuple]:
+    for key, group in groupby(records, key=lambda record: record[0]):
+        group = ((position, packed) for _, position, packed in group)
+        if key:
+            yield _merge(*next(group), group, counts)
         else:
-            yield _merge(list(group), counts)
+            yield from group
 
 
-def _merge(lines: list[bytes], counts: Counter) -> bytes:
-    if len(lines) == 1:
-        return lines[0]
-    first, *others = (decode_row(line[POSITION:]) for line in lines)
-    for row in others:
-        _, exchanges = _exchanges(row)
+def _merge(position: int, packed: bytes, others: Iterator[tuple], counts: Counter) -> tuple[int, bytes]:
+    second = next(others, None)
+    if second is None:
+        return position, packed
+    row = unpack_row(packed)
+    row.pop("choices", None)  # of the first question alone
+    for _, other in chain([second], others):
+        counts["rows joined to one of the same picture"] += 1
+        _, exchanges = _exchanges(unpack_row(other))
         for question, answer in exchanges:
-            text = MARKER.sub("", question["value"])
-            first["conversations"] += [{"from": "human", "value": text}, answer]
-    counts["rows joined to one of the same picture"] += len(others)
-    return lines[0][:POSITION] + encode_row(first)
+            text = FRONT.sub("", question["value"])
+            if question["value"] and not text:
+                counts["<image> that were a whole question, now an empty one"] += 1
+            row["conversations"] += [{"from": "human", "value": text}, answer]
+    return position, pack_row(row)
 
 
 def sample(
-    lines: Iterable[bytes], context: Context, *, rows: int | None = None, share: int | float | None = None
+    rows_in: Iterable[bytes], context: Context, *, rows: int | None = None, share: int | float | None = None
 ) -> Iterator[bytes]:
     """Draw exactly `rows` rows, or `share` × the number of rows; the order stays.
 
     A share over 1 repeats: 2.5 gives every row twice and half of them a third time. Selection sampling (Knuth, The Art
     of Computer Programming, volume 2, algorithm 3.4.2S): two passes over a spooled copy, nothing held in memory.
     """
-    with tempfile.TemporaryFile(dir=context.folder) as spool:
-        spool.writelines(lines)
-        spool.seek(0)
-        count = sum(1 for _ in spool)
-        if rows is not None and rows > count:
-            raise ValueError(
-                f"source {context.source}: sample found {count} rows; expected at least {rows}. Ask for fewer, or "
-                f"for a share over 1 ({rows / max(count, 1):.4g})."
-            )
-        wanted = round(share * count) if rows is None else rows
-        copies, left = divmod(wanted, count) if count else (0, 0)
-        if not copies:
-            context.counts["rows not drawn"] += count - left
-        spool.seek(0)
-        for position, line in enumerate(spool):
-            drawn = context.draw(position) * (count - position) < left << 64
-            left -= drawn
-            for _ in range(copies + drawn):
-                yield line
+    count, spooled = _spool(rows_in, context.folder)
+    if rows is not None and rows > count:
+        raise ValueError(
+            f"source {context.source}: sample found {count} rows; expected at least {rows}. Ask for fewer, or "
+            f"for a share over 1 ({rows / max(count, 1):.4g})."
+        )
+    wanted = round(share * count) if rows is None else rows
+    copies, left = divmod(wanted, count) if count else (0, 0)
+    if not copies:
+        context.counts["rows not drawn"] += count - left
+    for position, row in enumerate(spooled):
+        drawn = context.draw(position) * (count - position) < left << 64
+        left -= drawn
+        for _ in range(copies + drawn):
+            yield row
 
 
-def sort_lines(lines: Iterable[bytes], folder: str) -> Iterator[bytes]:
-    """Sort lines of bytes, `RUN_BYTES` in memory at a time, the rest in unnamed files in `folder`."""
-    lines, runs = iter(lines), []
+def sort_records(records: Iterable[tuple], folder: str) -> Iterator[tuple]:
+    """Sort tuples, `RUN_BYTES` of them in memory at a time, the rest in unnamed files in `folder`."""
+    records, runs = iter(records), []
     while True:
         run, size = [], 0
-        for line in lines:
-            run.append(line)
-            size += len(line)
+        for record in records:
+            run.append(record)
+            size += getsizeof(record) + sum(map(getsizeof, record))
             if size >= RUN_BYTES:
                 break
         run.sort()
         if size < RUN_BYTES:
             yield from heapq.merge(*runs, run) if runs else run
             return
-        runs.append(_spill(run, folder))
+        runs.append(_spool(run, folder)[1])
         if len(runs) == RUNS_OPEN:
-            runs = [_spill(heapq.merge(*runs), folder)]
+            runs = [_spool(heapq.merge(*runs), folder)[1]]
 
 
-def _spill(lines: Iterable[bytes], folder: str) -> IO[bytes]:
+def _spool(records: Iterable, folder: str) -> tuple[int, Iterator]:
+    """Write records to an unnamed file; their number, and a way to read them once."""
     file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (lives as long as it is read, then it is gone)
-    file.writelines(lines)
+    count = 0
+    for record in records:
+        pickle.dump(record, file, pickle.HIGHEST_PROTOCOL)
+        count += 1
     file.seek(0)
-    return file
+    return count, _unspool(file, count)
+
+
+def _unspool(file: IO[bytes], count: int) -> Iterator:
+    with file:
+        for _ in range(count):
+            yield pickle.load(file)
+
+
+def pack_row(row: dict) -> bytes:
+    """A row as bytes, between two steps: several times as fast as JSON."""
+    return pickle.dumps(row, pickle.HIGHEST_PROTOCOL)
+
+
+unpack_row = pickle.loads
 
 
 def encode_row(row: dict) -> bytes:
-    """A row as a line of JSON, in UTF-8."""
-    return _encode(row).encode() + b"\n"
-
-
-def decode_row(line: bytes) -> dict:
-    """The reverse of `encode_row`."""
-    return _decode(line.decode())
+    """A row as a line of JSON, in UTF-8: one picture in `image`, several in `images`, none in neither."""
+    columns = {name: value for name, value in row.items() if name not in ("images", "conversations")}
+    images = row["images"]
+    pictures = {} if not images else {"image": images[0]} if len(images) == 1 else {"images": images}
+    return _encode({**columns, **pictures, "conversations": row["conversations"]}).encode() + b"\n"
 
 
 @cache
@@ -397,7 +355,7 @@ def load_tokenizer(name: str):
 
 def count_tokens(tokenizer: str, texts: list[str]) -> list[int]:
     """Tokens of each text without `<image>` and without special tokens; `tokenizer` is a folder or hub id."""
-    texts = [MARKER.sub("", text) for text in texts]
+    texts = [FRONT.sub("", text) for text in texts]
     ids = load_tokenizer(tokenizer)(texts, add_special_tokens=False, verbose=False)["input_ids"]
     return [len(text_ids) for text_ids in ids]
 
@@ -410,5 +368,5 @@ ROW_STEPS = {
     )
 }
 STREAM_STEPS = {step.__name__: step for step in (merge_same_image, sample)}
-KEYS = {"merge_same_image": image_key}  # what a stream step wants in front of its lines
+KEYS = {"merge_same_image": image_key}  # what a stream step wants beside its rows
 STEPS = ROW_STEPS | STREAM_STEPS

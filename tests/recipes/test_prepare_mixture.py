@@ -15,11 +15,13 @@ import _mixture
 import _mixture_steps
 import prepare_mixture
 import tiny
-from _mixture_steps import sort_lines
+from _mixture_steps import sort_records
 from collators import load_rows
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SHORT = "Answer the question using a single word or phrase."
+ORDER = "an optional system turn, then human and gpt in alternation, human first and gpt last"
+JSON = "a list of objects in a .json file, one object a line in a .jsonl file"
 
 
 def talk(*texts, image=None, **columns):
@@ -65,7 +67,7 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch):
         Path(file).write_text(content, encoding="utf-8")
     prepare_mixture.main(["--config", "mixture.yaml", "--output", "mixed/mix.jsonl"])
     assert Path("mixed/mix.jsonl").read_text(encoding="utf-8") == mixed
-    assert read_summary("mixed/mix.jsonl")["sources"][1]["invalid"] == {"turns out of order": 1}
+    assert left_out("mixed/mix.jsonl", source=1) == {f"invalid rows: expected {ORDER}": 1}
 
 
 def test_the_documentation_names_every_step_and_key():
@@ -77,6 +79,11 @@ def test_the_documentation_names_every_step_and_key():
 
 def read_summary(output="mix.jsonl"):
     return json.loads(Path(f"{output}.summary.json").read_text())
+
+
+def left_out(output="mix.jsonl", source=0, step=0):
+    """What a step left out, by reason; step 0 is the reading of rows."""
+    return read_summary(output)["sources"][source]["steps"][step]["left_out"]
 
 
 def test_a_row_comes_out_as_it_went_in(mix):
@@ -214,7 +221,7 @@ def test_exchanges_are_drawn_in_their_order_with_the_picture(mix):
     numbers = [int(text) for text in values(row)[1::2]]
     assert len(numbers) == 10 and numbers == sorted(set(numbers)) and numbers != list(range(10))
     assert "".join(values(row)).count("<image>") == 1 and row["image"] == "1.png"
-    assert read_summary()["sources"][0]["steps"][0]["left_out"] == {"exchanges not drawn": 10}
+    assert read_summary()["sources"][0]["steps"][1]["left_out"] == {"exchanges not drawn": 10}
 
 
 @pytest.mark.parametrize(("options", "count"), [({"rows": 37}, 37), ({"share": 0.25}, 25), ({"share": 1.5}, 150)])
@@ -255,7 +262,7 @@ def test_tokens_are_counted_without_pictures_and_long_rows_cut(mix, tokenizer):
     assert [(row["id"], len(row["conversations"])) for row in kept] == [(1, 4), (3, 2)]
     (source,) = read_summary()["sources"]
     assert source["tokens"] == 6 * count
-    assert source["steps"][0]["left_out"] == {
+    assert source["steps"][1]["left_out"] == {
         f"exchanges beyond {5 * count} tokens": 1,
         f"rows with more than {5 * count} tokens in the first exchange": 1,
     }
@@ -268,6 +275,7 @@ def test_the_summary_accounts_for_every_row(mix, capsys):
     (source,) = summary["sources"]
     flow = [(step["step"], step["rows_in"], step["rows_out"], step["left_out"]) for step in source["steps"]]
     assert flow == [
+        ("read", 11, 11, {}),
         ("drop_empty", 11, 10, {"rows with an empty turn": 1}),
         ("merge_same_image", 10, 4, {"rows joined to one of the same picture": 6}),
         ("sample", 4, 3, {"rows not drawn": 1}),
@@ -307,7 +315,7 @@ def test_neither_processes_nor_runs_on_disk_change_a_byte(mix, monkeypatch, toke
         outputs.append((Path(output).read_bytes(), read_summary(output)))
     assert outputs[0] == outputs[1] == outputs[2]
     assert outputs[0][1]["total"]["tokens"] > 0
-    assert outputs[0][1]["sources"][1]["steps"][0]["left_out"] == {"exchanges beyond 4 tokens": 300}
+    assert outputs[0][1]["sources"][1]["steps"][1]["left_out"] == {"exchanges beyond 4 tokens": 300}
     assert not list(Path().glob("*.partial"))
 
 
@@ -332,13 +340,13 @@ def test_sources_follow_each_other_unless_shuffled(mix):
     assert sorted(map(json.dumps, shuffled)) == sorted(map(json.dumps, kept))
 
 
-@given(st.lists(st.binary(max_size=40).map(lambda text: text.replace(b"\n", b"") + b"\n"), max_size=60))
+@given(st.lists(st.tuples(st.text("ab\n", max_size=2), st.integers(), st.binary(max_size=40)), max_size=60))
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=50, deadline=None)
-def test_sorting_on_disk_is_sorting(tmp_path, lines):
+def test_sorting_on_disk_is_sorting(tmp_path, records):
     bytes_held, runs_open = _mixture_steps.RUN_BYTES, _mixture_steps.RUNS_OPEN
-    _mixture_steps.RUN_BYTES, _mixture_steps.RUNS_OPEN = 50, 2
+    _mixture_steps.RUN_BYTES, _mixture_steps.RUNS_OPEN = 1000, 2
     try:
-        assert list(sort_lines(lines, str(tmp_path))) == sorted(lines)
+        assert list(sort_records(records, str(tmp_path))) == sorted(records)
     finally:
         _mixture_steps.RUN_BYTES, _mixture_steps.RUNS_OPEN = bytes_held, runs_open
 
@@ -391,37 +399,64 @@ def test_an_output_of_other_settings_is_not_replaced_unasked(mix, change):
 
 
 BAD_ROWS = {
-    "unreadable JSON": '{"id": 1,',
-    "not an object": "7",
-    "no conversations": {"conversation": []},
-    "a malformed turn": {"conversations": [{"from": "human", "text": "A"}]},
-    "an unknown speaker": {"conversations": [{"from": "me", "value": "A"}]},
-    "turns out of order": talk("A", "a", "B"),
-    "<image> and pictures differ": talk("A", "a", image="1.png"),
-    "unclear pictures": {**talk("A", "a"), "img": "1.png"},
+    "unreadable JSON": ('{"id": 1,', JSON),
+    "an infinite number": ('{"box": [1e400], "conversations": []}', JSON),
+    "not an object": ("7", "an object"),
+    "a typo": ({"conversation": []}, "the key 'conversations'"),
+    "another shape": ({"messages": talk("A", "a")["conversations"]}, "'role' and 'content' alone"),
+    "another good shape": ({"query": "A", "response": "a"}, "'conversations'"),
+    "two shapes": ({**talk("A", "a"), "query": "A", "response": "a"}, "the keys of one shape"),
+    "a malformed turn": ({"conversations": [{"from": "human", "text": "A"}]}, "'from' and 'value' alone"),
+    "an unknown speaker": (
+        {"conversations": [{"from": "me", "value": "A"}]},
+        "human or user, gpt or assistant, or system",
+    ),
+    "turns out of order": (talk("A", "a", "B"), ORDER),
+    "too many pictures": (talk("A", "a", image="1.png"), "as many <image> as pictures"),
+    "unclear pictures": ({**talk("A", "a"), "img": "1.png"}, "the key 'image' or 'images'"),
+    "tools": (talk("A", "a", tools="[{}]"), "a conversation with pictures alone"),
+    "videos": (talk("A", "a", videos=["1.mp4"]), "a conversation with pictures alone"),
+    "a number as system": (talk("A", "a", system=7), "a string in 'system'"),
+    "a picture in the system": (talk("A", "a", system="<image>"), "<image> in user turns only"),
+    "two system turns": (
+        {"system": "S", "conversations": [{"from": "system", "value": "S"}, *talk("A", "a")["conversations"]]},
+        "one of the two",
+    ),
 }
 
 
-@pytest.mark.parametrize("reason", BAD_ROWS)
-def test_a_bad_row_stops_the_run_or_is_counted(mix, reason, capsys):
-    rows = [talk("A", "a", id="good"), BAD_ROWS[reason]]
-    with pytest.raises(ValueError, match=r"1 rows cannot be used \(1 ") as caught:
-        mix(rows)
-    assert "rows.jsonl, row 1" in str(caught.value) and f"1 {reason}" in str(caught.value)
-    assert "found" in str(caught.value) and "expected" in str(caught.value)
-    assert not list(Path().glob("mix*.jsonl*"))
+@pytest.mark.parametrize("workers", ["1", "2"])
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_stops_the_run_or_is_counted(mix, name, workers, capsys):
+    if workers == "2" and name not in ("unreadable JSON", "turns out of order"):  # read here, and read over there
+        pytest.skip("one of each is enough")
+    bad, expected = BAD_ROWS[name]
+    rows = [talk("A", "a", id="good"), bad]
+    with pytest.raises(ValueError, match=r"1 rows cannot be used \(1 expected") as caught:
+        mix(rows, (), "--num_workers", workers)
+    assert "rows.jsonl, row 1" in str(caught.value) and f"; expected {expected}. " in str(caught.value)
+    assert not list(Path().glob("mix.jsonl*")) or list(Path().glob("mix.jsonl*")) == [Path("mix.jsonl.lock")]
 
-    assert [row["id"] for row in mix(rows, drop_invalid=True)] == ["good"]
+    kept = mix(rows, (), "--num_workers", workers, drop_invalid=True)
+    assert [row["id"] for row in kept] == ["good"]
     (source,) = read_summary()["sources"]
-    assert source["rows_read"] == 2 and source["invalid"] == {reason: 1}
+    assert source["rows_read"] == 2 and left_out() == {f"invalid rows: expected {expected}": 1}
     assert "rows.jsonl, row 1" in source["first_invalid"][0]
-    assert f"vqa: 1 invalid rows: {reason}" in capsys.readouterr().out
+    assert f"vqa, read: 1 invalid rows: expected {expected}" in capsys.readouterr().out
+
+
+def test_rows_that_load_are_taken(mix):
+    system = [{"from": "system", "value": "S"}]
+    expected = [talk("A", "a"), {"conversations": system + talk("A", "a")["conversations"]}, talk("A", "a", tools=[])]
+    rows = [talk("A", "a", messages=None), talk("A", "a", system="S"), talk("A", "a", system="", tools=[])]
+    assert mix(rows) == [{**row, "source": "vqa"} for row in expected]
 
 
 def test_five_bad_rows_are_named_and_all_are_counted(mix):
     with pytest.raises(ValueError) as caught:
         mix([*([talk("A")] * 7), talk("A", "a"), *([talk("<image>", "a")] * 4)])
-    assert "11 rows cannot be used (7 turns out of order, 4 <image> and pictures differ)" in str(caught.value)
+    counted = f"11 rows cannot be used (7 expected {ORDER}; 4 expected as many <image> as pictures)"
+    assert counted in str(caught.value)
     assert str(caught.value).count("rows.jsonl, row") == 5
 
 
@@ -438,7 +473,7 @@ def test_five_bad_rows_are_named_and_all_are_counted(mix):
     ],
 )
 def test_choices_that_cannot_be_rotated(mix, row):
-    with pytest.raises(ValueError, match=r"\(1 unusable choices\)"):
+    with pytest.raises(ValueError, match=r"\(1 expected one question, a list of 2 to 26"):
         mix([row], ["rotate_choices"])
 
 
@@ -461,7 +496,7 @@ def test_missing_pictures_are_dropped_when_asked(mix):
     rows = [talk("<image>", "a", image=f"{at}.png", id=at) for at in range(3)]
     kept = mix(rows, ["drop_missing_images"], image_folder="pictures", output="out/mix.jsonl")
     assert [(row["id"], row["image"]) for row in kept] == [(1, "../pictures/1.png")]
-    assert read_summary("out/mix.jsonl")["sources"][0]["steps"][0]["left_out"] == {"rows with a missing picture": 2}
+    assert read_summary("out/mix.jsonl")["sources"][0]["steps"][1]["left_out"] == {"rows with a missing picture": 2}
 
 
 @pytest.mark.parametrize("linked", [False, True])
@@ -564,8 +599,11 @@ def test_runs_that_cannot_end_well_are_refused(mix):
         mix(rows, [{"truncate": {"tokens": 9}}])
     with pytest.raises(ValueError, match="no row is left of 1"):
         mix([talk("A", "")], ["drop_empty"])
-    with pytest.raises(ValueError, match="the output is also a source"):
+    with pytest.raises(ValueError, match="the output is a folder or also a source"):
         mix(rows, (), "--overwrite", output="rows.jsonl")
+    Path("folder.jsonl").mkdir()
+    with pytest.raises(ValueError, match="the output is a folder or also a source"):
+        mix(rows, output="folder.jsonl")
     with pytest.raises(ValueError, match="an output that ends in .jsonl"):
         mix(rows, output="mix.json")
     assert sorted(path.name for path in Path().iterdir()) == ["mixture.yaml", "rows.jsonl"]
