@@ -1,13 +1,16 @@
 """The steps of a mixture, its determinism, its refusals, and that its output is what `load_rows` takes."""
 
 import json
+import math
 import os
 import re
 from dataclasses import fields
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import yaml
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +20,7 @@ import prepare_mixture
 import tiny
 from _mixture_steps import sort_records
 from collators import load_rows
+from collators.row_shapes import MARKERS
 
 RECIPES = Path(__file__).parent.parent.parent / "recipes"
 SHORT = "Answer the question using a single word or phrase."
@@ -134,6 +138,22 @@ STEPS = {
         [{"add_prompt": {"prompt": SHORT, "every_turn": True}}],
         [talk(f"A?\n<image>\n{SHORT}", "a", f"B?\n{SHORT}", "b", image="1.png")],
     ),
+    "prompt behind a picture": (
+        [talk("Where?<image>", "a", image="1.png"), talk("A?\n<image><image>", "b", image=["1.png", "2.png"])],
+        [{"add_prompt": {"prompt": SHORT}}],
+        [
+            talk(f"Where?<image>\n\n{SHORT}", "a", image="1.png"),
+            talk(f"A?\n<image><image>\n\n{SHORT}", "b", image=["1.png", "2.png"]),
+        ],
+    ),
+    "prompt of lines around the question": (
+        [talk("Where?<image>", "a", image="1.png"), talk("<image>", "b", image="1.png")],
+        [{"add_prompt": {"prompt": "Look.\n{question}\nShort."}}],
+        [
+            talk("Look.\nWhere?<image>\n\nShort.", "a", image="1.png"),
+            talk("<image>Look.\nShort.", "b", image="1.png"),
+        ],
+    ),
     "prompt around the question": (
         [talk("<image>\n[0.1, 0.2, 0.3, 0.4]", "a", image="1.png")],
         [{"add_prompt": {"prompt": "Describe {question}, briefly."}}],
@@ -147,6 +167,29 @@ STEPS = {
             talk("<image>\nWhere?\nA. sea\nB. road\nC. sky\nLetter.", "A", image="1.png", id=1),
             talk("<image>\nWhere?\nA. road\nB. sky\nC. sea\nLetter.", "C", image="1.png", id=1),
         ],
+    ),
+    "rotate behind a picture": (
+        [talk("Where?<image>", "sea", image="1.png", choices=["sky", "sea"])],
+        ["rotate_choices"],
+        [
+            talk("Where?<image>\n\nA. sky\nB. sea", "B", image="1.png"),
+            talk("Where?<image>\n\nA. sea\nB. sky", "A", image="1.png"),
+        ],
+    ),
+    "merge, one picture under two names": (
+        [talk("<image>A", "a", image="./x//1.png"), talk("<image>B", "b", image="x/1.png")],
+        ["merge_same_image"],
+        [talk("<image>A", "a", "B", "b", image="./x//1.png")],
+    ),
+    "merge, choices": (
+        [talk("<image>A", "a", image=f"{at}.png", choices=["a", "b"]) for at in (1, 1, 2)],
+        ["merge_same_image"],
+        [talk("<image>A", "a", "A", "a", image="1.png"), talk("<image>A", "a", image="2.png", choices=["a", "b"])],
+    ),
+    "merge, a picture alone": (
+        [talk("<image>", "a", image="1.png"), talk("<image>\n", "b", image="1.png")],
+        ["merge_same_image"],
+        [talk("<image>", "a", "", "b", image="1.png")],
     ),
     "split": (
         [talk("<image>\nA", "a", "B", "b", "C", "c", image="1.png"), talk("D", "d", "E", "e")],
@@ -200,6 +243,53 @@ def test_rows_with_another_system_turn_are_not_joined(mix):
     rows = [talk("<image>A", "a", image="1.png", id=at) for at in range(3)]
     rows[1]["conversations"].insert(0, {"from": "system", "value": "S"})
     assert [(row["id"], len(row["conversations"])) for row in mix(rows, ["merge_same_image"])] == [(0, 4), (1, 3)]
+
+
+def test_a_system_column_becomes_a_turn(mix, tokenizer):
+    rows = [talk("<image>A", "a", image="1.png", id=1)]
+    rows += [talk("<image>B", "b", image="1.png", id=at, system="Be brief.") for at in (2, 3)]
+    merged = mix(rows, ["merge_same_image"], "--tokenizer", tokenizer)
+    assert [(row["id"], values(row)) for row in merged] == [
+        (1, ["<image>A", "a"]),
+        (2, ["Be brief.", "<image>B", "b", "B", "b"]),
+    ]
+    assert not any("system" in row for row in merged) and merged[1]["conversations"][0]["from"] == "system"
+    counted = len(tiny.byte_tokenizer()("Be brief.", add_special_tokens=False)["input_ids"])
+    assert read_summary()["sources"][0]["tokens"] == counted + 6
+    mix(rows, [{"truncate": {"tokens": counted}}], "--tokenizer", tokenizer, "--overwrite")
+    assert left_out(step=1) == {f"rows with more than {counted} tokens in the first exchange": 2}
+
+
+def test_a_question_that_was_a_picture_is_counted_when_it_gets_empty(mix):
+    mix([talk("<image>", "a", image="1.png")] * 3, ["merge_same_image"])
+    assert left_out(step=1) == {
+        "rows joined to one of the same picture": 2,
+        "<image> that were a whole question, now an empty one": 2,
+    }
+
+
+@given(st.lists(st.sampled_from(["A?", "<image>", "\n", " "]), max_size=6).map("".join))
+def test_a_prompt_has_a_line_of_its_own_wherever_pictures_stand(question):
+    row = talk(question, "a") | {"images": []}
+    (prompted,) = _mixture_steps.add_prompt(row, None, prompt="P")
+    text, front = values(prompted)[0], MARKERS["front"].sub("", values(prompted)[0])
+    assert front == "P" or front.endswith("\nP")
+    assert text == "P" or text.endswith("\nP")
+    assert front[:-1].rstrip("\n") == MARKERS["front"].sub("", question).rstrip("\n")
+
+
+def test_a_row_that_a_step_refuses_does_not_take_its_siblings_along(mix):
+    row = talk("A", "x", "B", "z", "C", "y", choices=["x", "y"])
+    kept = mix([row], [{"split_exchanges": {"at_most": 1}}, "rotate_choices"], drop_invalid=True)
+    assert [values(row) for row in kept] == [
+        ["A\nA. x\nB. y", "A"],
+        ["A\nA. y\nB. x", "B"],
+        ["C\nA. x\nB. y", "B"],
+        ["C\nA. y\nB. x", "A"],
+    ]
+    (source,) = read_summary()["sources"]
+    assert [(step["rows_in"], step["rows_out"]) for step in source["steps"]] == [(1, 1), (1, 3), (3, 4)]
+    assert list(left_out(step=2).values()) == [1]
 
 
 def test_a_wrong_tokenizer_stops_before_rows_are_read(mix, capsys):
@@ -363,6 +453,58 @@ def test_a_second_run_does_nothing(mix, capsys):
     assert os.stat("mix.jsonl.summary.json").st_mtime_ns == 0
 
 
+def test_a_touched_source_is_the_same_source(mix, capsys):
+    mix([talk("A", "a")])
+    os.utime("rows.jsonl", ns=(0, 0))
+    mix()
+    assert "mix.jsonl is up to date" in capsys.readouterr().out
+
+
+def test_what_a_run_cannot_know_to_be_the_same_is_not_current(mix, tmp_path):
+    folder = tmp_path / "tokenizer"
+    tiny.byte_tokenizer().save_pretrained(folder)
+    mix([talk("A", "a")], (), "--tokenizer", str(folder))
+    with open(folder / "tokenizer_config.json", "a") as file:
+        file.write("\n")
+    with pytest.raises(FileExistsError, match="not known to be what these files, settings and code give"):
+        mix(None, (), "--tokenizer", str(folder))
+    source = Path("rows.jsonl").stat()
+    Path("rows.jsonl").write_text(Path("rows.jsonl").read_text().replace("A", "B"))
+    os.utime("rows.jsonl", ns=(source.st_atime_ns, source.st_mtime_ns))
+    with pytest.raises(FileExistsError, match="not known to be"):
+        mix()
+    mix([talk("A", "a")], ["drop_missing_images"], "--overwrite")
+    with pytest.raises(FileExistsError, match="not known to be"):
+        mix(None, ["drop_missing_images"])
+
+
+def test_a_run_killed_between_summary_and_output_can_be_repeated(mix, monkeypatch):
+    def replace(source, target):
+        if str(target) == "mix.jsonl":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    rename = os.replace
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(KeyboardInterrupt):
+        mix([talk("A", "a")])
+    assert Path("mix.jsonl.summary.json").exists() and not Path("mix.jsonl").exists()
+    monkeypatch.undo()
+    prepare_mixture.main(["--config", str(Path("mixture.yaml")), "--output", "mix.jsonl"])
+    assert Path("mix.jsonl").exists()
+
+
+def test_a_second_run_at_once_waits_for_the_first(mix, monkeypatch):
+    write(Path("rows.jsonl"), [talk("A", "a")])
+    second = Thread(target=mix)
+    with FileLock("mix.jsonl.lock"):
+        second.start()
+        second.join(1)
+        assert second.is_alive() and not Path("mix.jsonl").exists()
+    second.join()
+    assert Path("mix.jsonl").exists() and not list(Path().glob("*.partial"))
+
+
 def test_a_source_that_changes_meanwhile_is_noticed(mix, monkeypatch):
     def write_and_change(*args, **kwargs):
         summary = _mixture.write_mixture(*args, **kwargs)
@@ -372,9 +514,10 @@ def test_a_source_that_changes_meanwhile_is_noticed(mix, monkeypatch):
     monkeypatch.setattr(prepare_mixture, "write_mixture", write_and_change)
     with pytest.raises(ValueError, match="a source changed while it was read"):
         mix([talk("A", "a")])
+    assert list(Path().glob("mix.jsonl*")) == [Path("mix.jsonl.lock")]
 
 
-@pytest.mark.parametrize("change", ["seed", "input", "steps", "output", "summary"])
+@pytest.mark.parametrize("change", ["seed", "input", "steps", "output", "no summary", "half", "list"])
 def test_an_output_of_other_settings_is_not_replaced_unasked(mix, change):
     rows = [talk("A", "a", id=at) for at in range(5)]
     mix(rows)
@@ -382,8 +525,10 @@ def test_an_output_of_other_settings_is_not_replaced_unasked(mix, change):
     if change == "output":
         with open("mix.jsonl", "a") as file:
             file.write("{}\n")
-    elif change == "summary":
+    elif change == "no summary":
         Path("mix.jsonl.summary.json").unlink()
+    elif change in ("half", "list"):
+        Path("mix.jsonl.summary.json").write_text("{" if change == "half" else "[]")
     elif change == "input":
         rows[0]["id"] = 9
     elif change == "steps":
@@ -425,17 +570,17 @@ BAD_ROWS = {
 }
 
 
-@pytest.mark.parametrize("workers", ["1", "2"])
-@pytest.mark.parametrize("name", BAD_ROWS)
+@pytest.mark.parametrize(
+    ("name", "workers"),
+    [(name, "1") for name in BAD_ROWS] + [("unreadable JSON", "2"), ("turns out of order", "2")],
+)
 def test_a_bad_row_stops_the_run_or_is_counted(mix, name, workers, capsys):
-    if workers == "2" and name not in ("unreadable JSON", "turns out of order"):  # read here, and read over there
-        pytest.skip("one of each is enough")
     bad, expected = BAD_ROWS[name]
     rows = [talk("A", "a", id="good"), bad]
     with pytest.raises(ValueError, match=r"1 rows cannot be used \(1 expected") as caught:
         mix(rows, (), "--num_workers", workers)
     assert "rows.jsonl, row 1" in str(caught.value) and f"; expected {expected}. " in str(caught.value)
-    assert not list(Path().glob("mix.jsonl*")) or list(Path().glob("mix.jsonl*")) == [Path("mix.jsonl.lock")]
+    assert list(Path().glob("mix.jsonl*")) == [Path("mix.jsonl.lock")]
 
     kept = mix(rows, (), "--num_workers", workers, drop_invalid=True)
     assert [row["id"] for row in kept] == ["good"]
@@ -499,6 +644,15 @@ def test_missing_pictures_are_dropped_when_asked(mix):
     assert read_summary("out/mix.jsonl")["sources"][0]["steps"][1]["left_out"] == {"rows with a missing picture": 2}
 
 
+def test_a_way_up_from_a_link_is_the_systems(mix, tmp_path):
+    (tmp_path / "elsewhere" / "deep").mkdir(parents=True)
+    os.symlink(tmp_path / "elsewhere" / "deep", "link")
+    Path("elsewhere/pictures").mkdir()
+    tiny.picture().save("elsewhere/pictures/1.png")
+    (row,) = mix([talk("<image>", "a", image="1.png")], ["drop_missing_images"], image_folder="link/../pictures")
+    assert row["image"] == "elsewhere/pictures/1.png"
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_the_output_loads_and_finds_its_pictures(mix, tmp_path, linked):
     folder = tmp_path / "elsewhere" / "deep"
@@ -523,32 +677,67 @@ def test_the_output_loads_and_finds_its_pictures(mix, tmp_path, linked):
     assert len(list(load_rows("out/mix.jsonl", streaming=True))) == 4
 
 
+VALUES = st.sampled_from(["A", "<image>B", "<image>", "", 7])
 TURNS = st.lists(
     st.fixed_dictionaries(
-        {"from": st.sampled_from(["human", "gpt", "user", "system"]), "value": st.sampled_from(["A", "<image>B", ""])},
+        {"from": st.sampled_from(["human", "gpt", "user", "system"]), "value": VALUES},
         optional={"note": st.none() | st.just("x")},
     ),
     max_size=4,
 )
 PICTURES = st.sampled_from([None, "1.png", "", [], ["1.png"], ["1.png", "1.png"], 7])
+OTHERS = {
+    "image": PICTURES,
+    "images": PICTURES,
+    "img": PICTURES,
+    "id": st.integers() | st.text(max_size=3),
+    "system": st.sampled_from([None, "", "S", "<image>", 7]),
+    "tools": st.sampled_from([None, [], "[]", {}]),
+    "messages": st.sampled_from([None, talk("A", "a")["conversations"]]),
+    "prompt": st.just("A"),
+    "completion": st.just("a"),
+    "choices": st.sampled_from([["a", "b"], 7]),
+    "box": st.just(math.inf),
+}
+GOOD = st.sampled_from([talk("<image>A", "a"), talk("A", "a"), talk("<image>", "a", "B", "b")])
 ROWS = st.fixed_dictionaries(
-    {"conversations": st.just(talk("<image>A", "a")["conversations"]) | TURNS},
-    optional={"image": PICTURES, "images": PICTURES, "img": PICTURES, "id": st.integers() | st.text(max_size=3)},
-)
+    {"conversations": GOOD.map(lambda row: row["conversations"]) | TURNS}, optional=OTHERS
+) | GOOD.map(lambda row: row | {"image": "1.png"} if "<image>" in str(row) else row)
 
 
 @given(st.lists(ROWS, max_size=8))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_what_is_left_of_any_rows_loads(mix, rows):
+def test_what_is_left_of_any_rows_loads_and_all_are_accounted_for(mix, rows):
     if not Path("1.png").exists():
         tiny.picture().save("1.png")
-    steps = ["merge_same_image", {"split_exchanges": {"at_most": 1}}, {"add_prompt": {"prompt": SHORT}}]
-    good = talk("<image>A", "a", image="1.png")
-    kept = mix([good, *rows], steps, "--overwrite", drop_invalid=True)
-    loaded = list(load_rows("mix.jsonl", streaming=True))
-    assert len(loaded) == len(kept) >= 1
+    steps = ["merge_same_image", {"split_exchanges": {"at_most": 1}}, "drop_empty", "rotate_choices"]
+    steps += [{"add_prompt": {"prompt": SHORT}}]
+    good = talk("<image>A", "a", image="1.png", choices=["a", "b"])
+    kept = mix([*rows, good], steps, "--overwrite", drop_invalid=True)
+    assert len(list(load_rows("mix.jsonl", streaming=True))) == len(kept)
     (source,) = read_summary()["sources"]
-    assert source["rows_read"] == len(rows) + 1 == source["steps"][0]["rows_in"] + sum(source["invalid"].values())
+    read, merged, split, dropped, rotated, prompted = source["steps"]
+    for before, after in zip(source["steps"], source["steps"][1:], strict=False):
+        assert before["rows_out"] == after["rows_in"]
+    assert read["rows_in"] == source["rows_read"] == len(rows) + 1 and prompted["rows_out"] == source["rows"]
+    for step, copies in ((read, 1), (merged, 1), (dropped, 1), (rotated, 2), (prompted, 1)):
+        gone = sum(count for why, count in step["left_out"].items() if "rows" in why)
+        assert step["rows_out"] == copies * (step["rows_in"] - gone)
+    assert split["rows_out"] >= split["rows_in"] and split["left_out"] == {}
+
+
+@given(ROWS)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_row_is_taken_exactly_if_it_loads(mix, row):
+    if not Path("1.png").exists():
+        tiny.picture().save("1.png")
+    good = talk("A", "a")
+    kept = mix([good, row], (), "--overwrite", drop_invalid=True)
+    try:
+        loads = len(list(load_rows("rows.jsonl", streaming=True))) == 2
+    except ValueError:
+        loads = False
+    assert len(kept) == 1 + loads
 
 
 BAD_SETTINGS = {
@@ -567,6 +756,7 @@ BAD_SETTINGS = {
         {"path": "rows.jsonl", "steps": [{"add_prompt": {"prompt": "<image>"}}]},
         "texts without",
     ),
+    "infinitely many": ({"path": "rows.jsonl", "steps": [{"sample": {"share": math.inf}}]}, "finite numbers above 0"),
     "rows and share": ({"path": "rows.jsonl", "steps": [{"sample": {"rows": 1, "share": 1}}]}, "either rows or share"),
     "neither": ({"path": "rows.jsonl", "steps": ["sample"]}, "either rows or share"),
 }
@@ -579,6 +769,24 @@ def test_a_bad_mixture_file_is_refused_with_what_is_known(mix, name):
     with pytest.raises(ValueError) as caught:
         mix(sources=[source])
     assert "mixture.yaml, sources[0]" in str(caught.value) and message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            "sources:\n- path: a.json\n  steps: []\n  steps: [drop_empty]\n",
+            r"found the key 'steps' twice\s+in .*line 2",
+        ),
+        ("sources: [{path: a.json, path: b.json}]", "found the key 'path' twice"),
+        ("sources: [", r"expected the node content.*line 1"),
+        ("sources: \x07", "special characters are not allowed"),
+    ],
+)
+def test_a_file_that_is_not_sound_yaml_is_named(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"(?s)mine\.yaml: .*{message}"):
+        _mixture.load_mixture(tmp_path / "mine.yaml")
 
 
 def test_sources_need_files_and_names_of_their_own(mix):
@@ -601,12 +809,14 @@ def test_runs_that_cannot_end_well_are_refused(mix):
         mix([talk("A", "")], ["drop_empty"])
     with pytest.raises(ValueError, match="the output is a folder or also a source"):
         mix(rows, (), "--overwrite", output="rows.jsonl")
-    Path("folder.jsonl").mkdir()
+    Path("folder.jsonl").mkdir()  # known before the work, not after it
     with pytest.raises(ValueError, match="the output is a folder or also a source"):
         mix(rows, output="folder.jsonl")
     with pytest.raises(ValueError, match="an output that ends in .jsonl"):
         mix(rows, output="mix.json")
-    assert sorted(path.name for path in Path().iterdir()) == ["mixture.yaml", "rows.jsonl"]
+    assert sorted(path.name for path in Path().iterdir()) == [
+        *("folder.jsonl", "mix.jsonl.lock", "mixture.yaml", "rows.jsonl")
+    ]
 
 
 def test_llavas_own_mixture_runs_on_rows_as_the_datasets_come(tmp_path, monkeypatch, tokenizer):
