@@ -485,13 +485,11 @@ def test_a_run_killed_between_summary_and_output_can_be_repeated(mix, monkeypatc
         rename(source, target)
 
     rename = os.replace
-    monkeypatch.setattr(os, "replace", replace)
-    with pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", replace)
         mix([talk("A", "a")])
     assert Path("mix.jsonl.summary.json").exists() and not Path("mix.jsonl").exists()
-    monkeypatch.undo()
-    prepare_mixture.main(["--config", str(Path("mixture.yaml")), "--output", "mix.jsonl"])
-    assert Path("mix.jsonl").exists()
+    assert len(mix()) == 1
 
 
 def test_a_second_run_at_once_waits_for_the_first(mix, monkeypatch):
@@ -708,11 +706,12 @@ ROWS = st.fixed_dictionaries(
 @given(st.lists(ROWS, max_size=8))
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_what_is_left_of_any_rows_loads_and_all_are_accounted_for(mix, rows):
-    if not Path("1.png").exists():
-        tiny.picture().save("1.png")
+    for name in ("1.png", "own.png"):
+        if not Path(name).exists():
+            tiny.picture().save(name)
     steps = ["merge_same_image", {"split_exchanges": {"at_most": 1}}, "drop_empty", "rotate_choices"]
     steps += [{"add_prompt": {"prompt": SHORT}}]
-    good = talk("<image>A", "a", image="1.png", choices=["a", "b"])
+    good = talk("<image>A", "a", image="own.png", choices=["a", "b"])
     kept = mix([*rows, good], steps, "--overwrite", drop_invalid=True)
     assert len(list(load_rows("mix.jsonl", streaming=True))) == len(kept)
     (source,) = read_summary()["sources"]
@@ -775,7 +774,7 @@ def test_a_bad_mixture_file_is_refused_with_what_is_known(mix, name):
     ("text", "message"),
     [
         (
-            "sources:\n- path: a.json\n  steps: []\n  steps: [drop_empty]\n",
+            "sources:\n- steps: []\n  path: a.json\n  steps: []\n",
             r"found the key 'steps' twice\s+in .*line 2",
         ),
         ("sources: [{path: a.json, path: b.json}]", "found the key 'path' twice"),
