@@ -9,6 +9,7 @@ are those of the call; the peak of memory is the process's, imports included. No
 """
 
 import argparse
+import datetime
 import io
 import json
 import os
@@ -33,7 +34,8 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--rows", type=int, default=1_000_000)
     parser.add_argument("--pictures", type=int, default=90_000, help="distinct picture files")
-    parser.add_argument("--output", default="benchmarks/results/open_rows_cpu_2026-11-21.json")
+    today = datetime.date.today().isoformat()
+    parser.add_argument("--output", default=f"benchmarks/results/open_rows_cpu_{today}.json")
     parser.add_argument("--measure", nargs=2, metavar=("MODE", "FILE"), help="what each child process does")
     return parser
 

@@ -1,10 +1,11 @@
 """Time and memory of `recipes/prepare_mixture.py` on generated rows: each step alone, then a whole recipe.
 
-    PYTHONPATH=recipes python benchmarks/prepare_mixture.py --folder mixture_benchmark \
-        --output benchmarks/results/prepare_mixture_cpu.json
+    PYTHONPATH=recipes python benchmarks/prepare_mixture.py --folder mixture_benchmark
 
-Every run is a fresh process with one worker, so that its peak memory is its own: `--rows` rows for the whole recipe, a
-tenth of them for the steps. The folder is deleted at the end; it needs room for six copies of the input.
+Every run is a fresh process with one worker, so that its peak memory is its own: `--rows` rows of about 270 bytes for
+the whole recipe, a tenth of them for the steps. As many as that tenth are also the whole recipe's small file, the rows
+of 1.1 KB from open_rows.py, and the rows that all show one picture. The folder is deleted at the end; it needs room for
+six copies of the input.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import open_rows
 import rich
 from rich.table import Table
 
@@ -42,13 +44,14 @@ def make_parser():
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument("--rows", type=int, default=5_000_000)
     parser.add_argument("--folder", type=Path, default=Path("mixture_benchmark"), help="made, and deleted at the end")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    today = datetime.date.today().isoformat()
+    output = Path(f"benchmarks/results/prepare_mixture_cpu_{today}.json")
+    parser.add_argument("--output", type=Path, default=output, help="JSON file for the figures")
     return parser
 
 
-def write_rows(path: Path, rows: int) -> None:
-    """VQA-like rows, one exchange each, five to a picture, a picture's rows scattered over the whole file."""
-    pictures = max(rows // 5, 1)
+def write_rows(path: Path, rows: int, pictures: int) -> None:
+    """VQA-like rows, one exchange each, a picture's rows scattered over the whole file."""
     with path.open("w") as file:
         for row in range(rows):
             turns = [
@@ -86,15 +89,22 @@ def measure(path: Path, steps: list, shuffle: bool) -> dict:
 def main(argv=None):
     args = make_parser().parse_args(argv)
     args.folder.mkdir(parents=True)
-    small, large = args.folder / "small.jsonl", args.folder / "large.jsonl"
-    write_rows(small, args.rows // 10)
-    write_rows(large, args.rows)
+    names = ("small", "large", "long_rows", "one_picture")
+    small, large, long_rows, one_picture = files = [args.folder / f"{name}.jsonl" for name in names]
+    tenth = args.rows // 10
+    write_rows(small, tenth, tenth // 5)
+    write_rows(large, args.rows, args.rows // 5)
+    write_rows(one_picture, tenth, 1)
+    open_rows.write_rows(long_rows, tenth, tenth // 5)
     runs = {name: (small, steps, False) for name, steps in STEPS.items()}
+    runs["merge_same_image, one picture"] = (one_picture, STEPS["merge_same_image"], False)
+    runs["none, rows of 1.1 KB"] = (long_rows, [], False)
+    runs["whole recipe, rows of 1.1 KB"] = (long_rows, WHOLE, True)
     runs |= {f"whole recipe, {path.stem} file": (path, WHOLE, True) for path in (small, large)}
     results = {
         "date": datetime.date.today().isoformat(),
         "cpu_cores": os.cpu_count(),
-        "input_bytes": {path.name: path.stat().st_size for path in (small, large)},
+        "input_bytes": {path.name: path.stat().st_size for path in files},
         "runs": {},
     }
     table = Table("", "rows", "rows / CPU s", "wall s", "peak MiB")
@@ -103,9 +113,8 @@ def main(argv=None):
             figures = results["runs"][name] = pool.submit(measure, *run).result()
         columns = ("rows", "rows_per_cpu_s", "wall_s", "peak_mib")
         table.add_row(name, *(f"{figures[column]:,}" for column in columns))
-        if args.output:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            args.output.write_text(json.dumps(results, indent=2) + "\n")
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=2) + "\n")
     shutil.rmtree(args.folder)
     rich.print(table)
 
