@@ -3,8 +3,8 @@
     PYTHONPATH=recipes python benchmarks/prepare_mixture.py --folder mixture_benchmark
 
 Every run is a fresh process with one worker, so that its peak memory is its own: `--rows` rows of about 270 bytes for
-the whole recipe, a tenth of them for the steps. As many as that tenth are also the whole recipe's small file, the rows
-of 1.1 KB from open_rows.py, and the rows that all show one picture. The folder is deleted at the end; it needs room for
+the whole recipe, a tenth of them for the steps. As many as that tenth are the whole recipe's small file, the rows of
+1.1 KB from open_rows.py, and the rows that all show one picture. The folder is deleted at the end; it needs room for
 six copies of the input.
 """
 

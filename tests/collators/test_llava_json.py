@@ -477,6 +477,7 @@ ROW = json.dumps(QUESTION)
         ("x.json", '[{"id": 1, "id": 2}]', "one of the keys ['id', 'id'] stands twice"),
         ("x.jsonl", '{"score": NaN}', "NaN is not JSON (write null)"),
         ("x.jsonl", '{"hash": 9223372036854775808}', "the number 9223372036854775808 does not fit in 64 bits"),
+        ("x.jsonl", '{"box": [0.5, -1e400]}', "the number -1e400 does not fit in 64 bits"),
         ("x.json", "[]", "x.json: found no rows; expected a list of objects (.json) or an object a line (.jsonl)"),
         ("x.json", "\n", "x.json: found no rows; expected"),
         ("x.jsonl", "\n\n", "x.jsonl: found no rows; expected"),

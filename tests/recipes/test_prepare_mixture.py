@@ -74,6 +74,13 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch):
     assert left_out("mixed/mix.jsonl", source=1) == {f"invalid rows: expected {ORDER}": 1}
 
 
+def test_the_documented_row_of_each_dataset_is_taken(mix):
+    text = (RECIPES.parent / "docs" / "mixture.md").read_text(encoding="utf-8")
+    rows = [json.loads(row) for row in re.findall(r"^\| [\w, -]+ \| `(\{.*?\})`", text, re.M)]
+    assert [row["id"] for row in mix(rows)] == [1, 2, 3, 4, 5, 6]
+    assert len(mix([rows[3]], ["rotate_choices"], "--overwrite")) == 2
+
+
 def test_the_documentation_names_every_step_and_key():
     text = (RECIPES.parent / "docs" / "mixture.md").read_text(encoding="utf-8")
     named = re.findall(r"^\| `(\w+)", text, re.M)
