@@ -19,7 +19,7 @@ import tiny
 from _answers import load_checkpoint
 from _parts import add_adapters, find_part, part_of, part_table
 from _trainer import LlavaSFTConfig, LlavaTrainer
-from collators import LlavaDataCollator, load_rows
+from collators import LlavaDataCollator, load_rows, training_chat_template
 from runs import BEST_IS_EARLY, command, kill_after_two_saves, losses
 
 METHODS = {
@@ -212,7 +212,7 @@ def make_trainer(base, data, out, trainer_class=LlavaTrainer, prepare=lambda mod
         model=model,
         args=args,
         processing_class=processor,
-        data_collator=LlavaDataCollator(processor, chat_template=sft_qlora.training_chat_template(processor)),
+        data_collator=LlavaDataCollator(processor, chat_template=training_chat_template(processor)),
         train_dataset=load_rows(str(data / "instruct.json")),
     )
 

@@ -296,7 +296,7 @@ def test_an_unknown_template_that_trains_no_stop_token_is_refused(data, tmp_path
     )
     path = tiny.save_checkpoint(tmp_path / "base", chat_template=unknown)
     with pytest.raises(ValueError, match=r"--chat_template_path; see collators/chat_templates/"):
-        sft_full.main(command("sft_full", path, data, tmp_path))
+        sft_full.main(command("sft_full", path, data, tmp_path, "--placement", "keep"))
 
 
 # The trainer
@@ -545,6 +545,7 @@ def test_flags_reach_the_collator_the_rows_and_the_model(recipe, base, data, tmp
         shutil.copy(data / name, tmp_path / name)
     template = chat_template_path("plain" if recipe == "pretrain_projector" else "llama_2")
     flags = ["--train_on", "last_assistant", "--overlong", "drop", "--max_length", "99", "--pad_to_multiple_of", "8"]
+    flags += ["--max_images", "3"]
     flags += ["--image_folder", str(pictures), "--attn_implementation", "eager", "--chat_template_path", str(template)]
     flags += ["--eval_strategy", "steps", "--eval_dataset_name", str(tmp_path / "pretrain.json")]
     with pytest.raises(Stopped):
@@ -552,12 +553,14 @@ def test_flags_reach_the_collator_the_rows_and_the_model(recipe, base, data, tmp
     [trainer] = built
     collator = trainer.data_collator
     assert (collator.train_on, collator.overlong, collator.placement) == ("last_assistant", "drop", "front")
-    assert (collator.max_length, collator.pad_to_multiple_of) == (99, 8)
+    assert (collator.max_length, collator.pad_to_multiple_of, collator.max_images) == (99, 8, 3)
     assert collator.chat_template == trainer.processing_class.chat_template == template.read_text()
     assert trainer.model.config._attn_implementation == "eager"
     assert trainer.train_dataset[0]["images"] == [str(pictures / "0.png")]
     assert len(trainer.eval_dataset) == 12
+    keep = template if recipe == "pretrain_projector" else chat_template_path("llama_2_keep")
+    flags = [*flags[:-4], "--placement", "keep", "--chat_template_path", str(keep)]
     with pytest.raises(Stopped):
-        RECIPES[recipe].main(command(recipe, base(), tmp_path, tmp_path / "out", *flags[:-4], "--placement", "keep"))
+        RECIPES[recipe].main(command(recipe, base(), tmp_path, tmp_path / "out", *flags))
     assert built[-1].data_collator.placement == "keep"
     assert built[-1].eval_dataset is None
