@@ -7,7 +7,7 @@ Data:   scikit-learn's 1,797 scans of digits as PNG files and LLaVA JSON, 300 of
     python recipes/quickstart.py --output_dir quickstart_output
 
 From build_llava.py on, every step is a child process; its command is printed, and you can run it by itself. A second
-run starts over. Measured: 10.7 minutes on 2 CPU cores beside other jobs; held-out questions answered: 97.6 % on one
+run starts over. Measured: 9.6 minutes on 2 CPU cores beside another job; held-out questions answered: 97.6 % on one
 picture (28.9 % before), 95.8 % on two; 97.0 % of the cells of tables (2026-11-21; benchmarks/LOG.md).
 """
 
