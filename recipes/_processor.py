@@ -30,7 +30,8 @@ def prepare_processor(processor, script_args, training_args) -> None:
                 "any shape into tiles; leave the flag out"
             )
         own = processor.image_processor
-        side = min(edge for edge in dict(own.size).values() if edge)
+        square = own.crop_size if own.do_center_crop else own.size  # what the tower gets
+        side = min(edge for edge in dict(square).values() if edge)
         processor.image_processor = square_image_processor(script_args.image_aspect_ratio, side, own)
 
 

@@ -19,22 +19,6 @@ DOCS = Path(__file__).parents[2] / "docs" / "data_format.md"
 SOURCE = Path(llava_json.__file__)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    return tmp_path / "cache" / "llava_json"
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A data folder with the pictures a.png and b.png."""
-    path = tmp_path / "data"
-    path.mkdir()
-    for name, color in (("a.png", "red"), ("b.png", "blue")):
-        picture(color).save(path / name)
-    return path
-
-
 def talk(*values, **columns) -> dict:
     speakers = ("human", "gpt") * len(values)
     turns = [{"from": speaker, "value": value} for speaker, value in zip(speakers, values, strict=False)]

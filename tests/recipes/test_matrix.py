@@ -20,7 +20,8 @@ import sft_qlora
 import tiny
 from _answers import answer, load_checkpoint
 from _parts import part_of
-from collators import LlavaDataCollator, load_image, load_rows, read_row
+from collators import LlavaDataCollator, load_rows, read_row
+from labels import check_labels
 from runs import ON_CPU, SMALL, changed_parts, losses
 
 RECIPES = {
@@ -100,41 +101,6 @@ def command(name, recipe, base, rows, out, *flags) -> list[str]:
     return [*files, *ON_CPU, *SMALL, "--learning_rate", "1e-2", "--save_steps", "1", *adapters, *flags]
 
 
-def check_labels(processor, rows, placement: str) -> None:
-    """Trained are the answers and their stop tokens alone, alone and in a batch, by the ids that inference feeds."""
-    collator = LlavaDataCollator(processor, placement=placement)
-    batch = collator(rows)
-    for index, row in enumerate(rows):
-        kept = batch["attention_mask"][index].bool()
-        ids, labels = batch["input_ids"][index][kept].tolist(), batch["labels"][index][kept].tolist()
-        alone = collator([row])
-        assert (ids, labels) == (alone["input_ids"][0].tolist(), alone["labels"][0].tolist())
-        expected = [-100] * len(ids)
-        conversation = read_row(row, processor.image_token, placement=placement)
-        for turn, message in enumerate(conversation["messages"]):
-            if message["role"] == "assistant":
-                prompt = conversation["messages"][:turn]
-                pictures = sum(part["type"] == "image" for said in prompt for part in said["content"])
-                images = [load_image(source) for source in conversation["images"][:pictures]]
-                asked = processor.apply_chat_template(
-                    [prompt],
-                    add_generation_prompt=True,
-                    tokenize=True,
-                    return_dict=True,
-                    processor_kwargs={"images": [images]} if images else {},
-                )["input_ids"][0]
-                start = len(asked)
-                if "Onevision" in type(processor).__name__ and len(images) == 1 < len(conversation["images"]):
-                    # A picture alone is cut into tiles, one of several is not: here a later turn brings another.
-                    start += tiny.IMAGE_TOKENS + 1 - asked.count(processor.image_token_id)
-                else:
-                    assert ids[:start] == asked
-                end = ids.index(processor.tokenizer.eos_token_id, start) + 1
-                assert processor.decode(ids[start : end - 1]).strip() == message["content"][0]["text"]
-                expected[start:end] = ids[start:end]
-        assert labels == expected
-
-
 def test_the_readme_says_how_many_cells_there_are():
     readme = Path(__file__).parents[2].joinpath("README.md").read_text(encoding="utf-8")
     count = len(CLASSES) * len(RECIPES) * len(PICTURES)
@@ -184,7 +150,7 @@ def test_a_cell_trains_resumes_saves_reloads_and_generates(cell, base, data, tmp
     placement = "keep" if recipe == "sft_multi_image" else "front"
     loaded = list(load_rows(rows, placement=placement))
     processor = AutoProcessor.from_pretrained(whole)
-    check_labels(processor, loaded, placement)
+    check_labels(LlavaDataCollator(processor, placement=placement), loaded)
     model, processor = load_checkpoint(str(whole), device="cpu")
     talks = [read_row(row, processor.image_token, placement=placement) for row in loaded]
     questions, images = [], []

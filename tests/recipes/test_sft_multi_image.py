@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ import yaml
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor, LlamaForCausalLM, LlavaProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 import build_llava
 import pretrain_projector
 import sft_full
 import sft_multi_image
 import tiny
+from _processor import prepare_processor
 from collators import chat_template_path
 from runs import changed_parts, command
 
@@ -68,6 +71,24 @@ def test_adapters_are_sent_to_their_recipe(base, data, tmp_path):
 # What is saved with the processor
 
 STRIPES = [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255]]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        CLIPImageProcessorPil(size={"shortest_edge": 24}, crop_size={"height": 16, "width": 16}),
+        SiglipImageProcessorPil(size={"height": 16, "width": 16}),
+    ],
+    ids=["CLIP, resized beyond its crop", "SigLIP"],
+)
+@pytest.mark.parametrize("ratio", ["pad", "crop", "resize"])
+def test_the_square_has_the_side_that_the_tower_takes(own, ratio):
+    processor = tiny.make_processor()
+    processor.image_processor = own
+    script_args = SimpleNamespace(placement="front", image_tag_format=None, image_aspect_ratio=ratio)
+    prepare_processor(processor, script_args, SimpleNamespace(chat_template_path=None))
+    pixels = processor.image_processor(tiny.picture(size=(40, 20)), return_tensors="pt")["pixel_values"]
+    assert pixels.shape == (1, 3, 16, 16)
 
 
 @pytest.mark.parametrize("kind", ["llava", "vipllava"])
