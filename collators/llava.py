@@ -4,16 +4,20 @@ This file imports libraries only, so that it can be pasted into a notebook cell 
 """
 
 import io
+import json
 import logging
+import os
 import re
-from collections.abc import Iterable, Mapping
+import struct
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageCms
 
 logger = logging.getLogger(__name__)
 
@@ -21,6 +25,8 @@ IGNORE_INDEX = -100
 TRAIN_ON = ("assistant", "last_assistant", "all")
 PLACEMENT = ("front", "keep")
 OVERLONG = ("raise", "drop")
+ON_BAD_ROW = ("raise", "skip")
+BAD_ROW = (ValueError, FileNotFoundError, TypeError)  # what a row or picture that cannot be used raises
 TEMPLATE_FLAGS = "(chat_template=, in recipes --chat_template_path; see collators/chat_templates/)"
 # A question whose picture stands between its words, which occur in no template: it shows where a template puts it.
 AHEAD, BEHIND = "words-ahead-of-it", "words-behind-it"
@@ -37,24 +43,51 @@ SEGMENTS_TEMPLATE = (
 )
 
 
-def load_image(source: Any) -> Image.Image:
+# What cameras, scanners and the web write. Pillow knows more, but rows may come from strangers: EPS runs Ghostscript.
+Image.init()
+FORMATS = [
+    name
+    for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+    if name in Image.OPEN  # AVIF depends on how Pillow was built
+]
+# Pillow 12 answers damaged bytes with each of these: AVIF with RuntimeError, EXIF with struct.error and TypeError.
+UNDECODABLE = (
+    *(OSError, SyntaxError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, EOFError),
+    *(struct.error, Image.DecompressionBombError),
+)
+UPRIGHT = {  # by EXIF orientation, as in `PIL.ImageOps.exif_transpose`
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def load_image(source: Any, fetch: Callable[[str], bytes] | None = None) -> Image.Image:
     """Decode one picture, once, to 8-bit RGB as a person would see it.
 
     EXIF orientation is applied, transparency is laid on white, 16-bit pictures are scaled to 8 bits, 32-bit integers
     and floats from the smallest of 0…1, 0…255 and 0…65535 that holds their values; LAB and CMYK are converted, an
     animation gives its first frame. The image processors of transformers 5.23 do none of this:
-    they turn 16-bit grey white, float black, and ignore the orientation.
+    they turn 16-bit grey white, float black, and ignore the orientation. A picture whose EXIF block cannot be read is
+    taken as upright, with a warning: its pixels are whole.
 
     Args:
         source: A path, encoded bytes, a `datasets.Image(decode=False)` dict (`{"bytes", "path"}`) or a `PIL.Image`.
+        fetch: Gets a picture's bytes by its URL (`collators.fetch_image`). None: a URL is an error.
 
     Returns:
         A loaded RGB `PIL.Image`.
 
     Raises:
         FileNotFoundError: The path does not exist.
-        ValueError: The picture is broken, too large for Pillow's decompression-bomb limit, of a value range that no
-            rule covers, or a URL (nothing is fetched). The message names the path.
+        ValueError: The picture is broken, of a format outside `FORMATS`, larger than twice `Image.MAX_IMAGE_PIXELS`
+            (Pillow's limit for decompression bombs), of a value range that no rule covers, or a URL that may not or
+            cannot be fetched. The message names the path. A `PIL.Image` that could not be decoded is closed, since
+            Pillow may decode the same object to black at the second try.
         TypeError: `source` is none of the accepted types.
     """
     data, name = source, "picture in memory"
@@ -62,8 +95,13 @@ def load_image(source: Any) -> Image.Image:
         data, name = source.get("bytes") or source.get("path"), source.get("path") or name
     if isinstance(data, str | Path):
         name = str(data)
-        if re.match(r"[a-z][a-z0-9+.-]+://", name):
-            raise ValueError(f"{name}: a URL; nothing is fetched while training. Download it and give the local path.")
+        if re.match(r"[a-z][a-z0-9+.-]+://", name, re.IGNORECASE):
+            if fetch is None:
+                raise ValueError(
+                    f"{name}: a URL; nothing is fetched while training. Download it and give the local path, or pass "
+                    "--allow_remote_images."
+                )
+            data = io.BytesIO(fetch(name))
     elif isinstance(data, bytes):
         data = io.BytesIO(data)
     elif not isinstance(data, Image.Image):
@@ -71,8 +109,9 @@ def load_image(source: Any) -> Image.Image:
             f"{name}: expected a path, bytes, a PIL image or a bytes/path dict, found {type(data).__name__}"
         )
     try:
-        image = data if isinstance(data, Image.Image) else Image.open(data)
-        image = ImageOps.exif_transpose(image)
+        image = data if isinstance(data, Image.Image) else Image.open(data, formats=FORMATS)
+        image.load()
+        image = _turn_upright(image, name)
         if image.mode.startswith("I;16"):
             return _grey(np.asarray(image) / 257)
         if image.mode in ("I", "F"):
@@ -86,9 +125,21 @@ def load_image(source: Any) -> Image.Image:
         return image.convert("RGB")
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such picture; check the path and --image_folder") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        # Pillow may decode the same broken object to black at the second try, so it is never tried again.
+    except UNDECODABLE as error:
+        if isinstance(data, Image.Image):
+            data.close()
         raise ValueError(f"{name}: the picture cannot be decoded ({error}). Repair or remove it.") from error
+
+
+def _turn_upright(image: Image.Image, name: str) -> Image.Image:
+    """As `ImageOps.exif_transpose`, which also writes the EXIF block anew, and fails on what it cannot write."""
+    method = None
+    try:
+        method = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))
+    except UNDECODABLE as error:
+        warnings.warn(f"{name}: its EXIF block cannot be read ({error}), so it is taken as upright", stacklevel=3)
+    # A copy has a palette where its mode needs one; what a file was opened as may have none.
+    return image.copy() if method is None else image.transpose(method)
 
 
 def _grey(values: np.ndarray) -> Image.Image:
@@ -111,7 +162,7 @@ class LlavaDataCollator:
     (None-valued keys are ignored); `images` are sources for `load_image` in the order of the image parts (or `image`
     is the only one). Every image token (`<image>`) in a string content is a placeholder; pictures of a row whose
     contents are strings without any placeholder go in front of its first user turn, as in TRL. Other columns, and
-    other keys of a turn, are ignored; `id` names the row in errors.
+    other keys of a turn, are ignored; `id` and `_row` (a number in the data) name the row in errors.
 
     The batch holds `input_ids`, `attention_mask` and `labels`, int64 `(batch, seq)`, and every other key the processor
     returns (`pixel_values`, `image_sizes`, …), unchanged.
@@ -140,13 +191,19 @@ class LlavaDataCollator:
         chat_template: Rendered instead of the processor's own template.
         stop_token_ids: Ids at which `generate` stops; defaults to the tokenizer's EOS. Every trained answer must end
             in one of them.
+        on_bad_row: A row that breaks the form above, has a picture that cannot be decoded, or is too long for
+            `overlong="raise"`, is an error (`"raise"`), or is skipped (`"skip"`): its place in the batch goes to a
+            made-up row of which nothing trains, so that every batch of every process keeps its size, and it is named
+            in `skipped_rows`.
+        skipped_rows: File that gets a JSON line for each row skipped: `row`, `id`, `reason`.
+        fetch_image: As `fetch` of `load_image`.
         padding_side: `"right"` or `"left"`.
         pad_to_multiple_of: Round the batch's length up to a multiple of this many tokens.
 
     Attributes:
-        shortened, dropped, moved, merged: Rows that lost exchanges, rows left out, rows with several pictures that
-            were taken from between texts, and answers whose leading newline became one token with the header's, so
-            far in this process. The first of each kind are named in the log.
+        shortened, dropped, skipped, moved, merged: Rows that lost exchanges, overlong rows left out, bad rows left
+            out, rows with several pictures that were taken from between texts, and answers whose leading newline
+            became one token with the header's, so far in this process. The first of each kind are named in the log.
         marks_answers: Whether the template has `{% generation %}` blocks.
 
     Raises:
@@ -172,6 +229,9 @@ class LlavaDataCollator:
         max_images: int | None = None,
         placement: str = "front",
         overlong: str = "raise",
+        on_bad_row: str = "raise",
+        skipped_rows: str | Path | None = None,
+        fetch_image: Callable[[str], bytes] | None = None,
         chat_template: str | None = None,
         stop_token_ids: Iterable[int] | None = None,
         padding_side: str = "right",
@@ -181,6 +241,7 @@ class LlavaDataCollator:
             ("train_on", train_on, TRAIN_ON),
             ("placement", placement, PLACEMENT),
             ("overlong", overlong, OVERLONG),
+            ("on_bad_row", on_bad_row, ON_BAD_ROW),
             ("padding_side", padding_side, ("left", "right")),
         ):
             if value not in known:
@@ -198,6 +259,9 @@ class LlavaDataCollator:
         self.max_images = max_images
         self.placement = placement
         self.overlong = overlong
+        self.on_bad_row = on_bad_row
+        self.skipped_rows = skipped_rows
+        self.fetch_image = fetch_image
         self.chat_template = chat_template or processor.chat_template
         if not isinstance(self.chat_template, str):
             found = "several chat templates" if self.chat_template else "no chat template"
@@ -205,7 +269,7 @@ class LlavaDataCollator:
         self.stop_token_ids = frozenset([stop_token_ids] if isinstance(stop_token_ids, int) else stop_token_ids)
         self.padding_side = padding_side
         self.pad_to_multiple_of = pad_to_multiple_of
-        self.shortened = self.dropped = self.moved = self.merged = 0
+        self.shortened = self.dropped = self.skipped = self.moved = self.merged = 0
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", self.chat_template) is not None
         self._check_template()
 
@@ -217,19 +281,26 @@ class LlavaDataCollator:
                 "the tokenizer has no pad token: set processor.tokenizer.pad_token, to its EOS for example"
             )
         conversations = [kept for index, row in enumerate(rows) for kept in self._read(row, index)] or [self._idle]
-        batch, answers = self._encode(conversations, pads)
+        batch, answers = self._encode_usable(conversations, pads)
         while self.max_length is not None and (batch["attention_mask"].sum(1) > self.max_length).any():
             conversations = self._shorten(conversations, batch["attention_mask"], answers)
-            batch, answers = self._encode(conversations, pads)
+            batch, answers = self._encode_usable(conversations, pads)
         batch["labels"] = self._label(batch, answers)
-        if conversations[0] is self._idle:
-            batch["labels"].fill_(IGNORE_INDEX)
+        for place, conversation in enumerate(conversations):
+            if conversation is self._idle:
+                batch["labels"][place] = IGNORE_INDEX
         return batch
 
     def _read(self, row: Mapping[str, Any], index: int) -> list[dict[str, Any]]:
         """Check a row and bring it to list contents, decoded pictures and the asked placement; empty if it drops."""
+        try:
+            return self._read_usable(row, index)
+        except BAD_ROW as error:
+            return [self._skip(row, error)]
+
+    def _read_usable(self, row: Mapping[str, Any], index: int) -> list[dict[str, Any]]:
         conversation = read_row(row, self.processor.image_token, placement=self.placement, index=index)
-        name = conversation["name"]
+        conversation["row"], name = row, conversation["name"]
         if self._moves_pictures and any(map(_has_text_before_picture, conversation["messages"])):
             raise ValueError(
                 f"{name}: the chat template renders the pictures of a turn before its text, but placement='keep' was "
@@ -240,17 +311,45 @@ class LlavaDataCollator:
         if self.max_images is not None and pictures > self.max_images:
             fitting = _exchanges_within(conversation, self.max_images)
             kept = self._cut(conversation, fitting, f"{pictures} pictures", f"max_images={self.max_images}")
-            if kept is None:
-                return []
+            if kept is None or kept is self._idle:
+                return [kept] if kept else []
             conversation = kept
         if conversation.pop("moved"):
             self.moved += 1
             self._log(self.moved, f"{name}: pictures between texts were moved to the front of their turn")
         try:
-            conversation["images"] = [load_image(source) for source in conversation["images"]]
-        except (ValueError, FileNotFoundError, TypeError) as error:
+            conversation["images"] = [load_image(source, self.fetch_image) for source in conversation["images"]]
+        except BAD_ROW as error:
             raise type(error)(f"{name}: {error}") from error
         return [conversation]
+
+    def _skip(self, row: Any, error: Exception) -> dict[str, Any]:
+        """Name a bad row and return the made-up one that takes its place; raise `error` if bad rows are errors."""
+        if self.on_bad_row == "raise":
+            raise error
+        self.skipped += 1
+        self._log(self.skipped, f"{error}; skipped")
+        if self.skipped_rows is not None:
+            known = row if isinstance(row, Mapping) else {}
+            record = {"row": known.get("_row"), "id": known.get("id"), "reason": str(error)}
+            append_line(self.skipped_rows, record)
+        return self._idle
+
+    def _encode_usable(self, conversations: list[dict[str, Any]], pads: bool) -> tuple[dict[str, Any], list]:
+        """As `_encode`; where that fails each row is encoded alone, and those that fail are bad rows."""
+        try:
+            return self._encode(conversations, pads)
+        except BAD_ROW:
+            if self.on_bad_row == "raise":
+                raise
+        for place, conversation in enumerate(conversations):
+            try:
+                self._encode([conversation], pads=False)
+            except BAD_ROW as error:
+                if conversation is self._idle:
+                    raise
+                conversations[place] = self._skip(conversation["row"], error)
+        return self._encode(conversations, pads)
 
     def _encode(self, conversations: list[dict[str, Any]], pads: bool) -> tuple[dict[str, Any], list]:
         """Tokenise; returns the batch and, per row, the `(start, end)` positions of each answer in `input_ids`."""
@@ -354,11 +453,11 @@ class LlavaDataCollator:
         kept = []
         for conversation, mask, spans in zip(conversations, attention_mask, answers, strict=True):
             length, first = int(mask.sum()), int(mask.argmax())
-            if conversation is self._idle:
-                raise ValueError(f"max_length={self.max_length}: not even a made-up exchange of {length} tokens fits")
             if length <= self.max_length:
                 kept.append(conversation)
                 continue
+            if conversation is self._idle:
+                raise ValueError(f"max_length={self.max_length}: not even a made-up exchange of {length} tokens fits")
             fitting = sum(end - first <= self.max_length for _, end in spans)
             if conversation["messages"][-1]["role"] == "assistant":
                 fitting = min(fitting, len(spans) - 1)
@@ -367,7 +466,7 @@ class LlavaDataCollator:
         return kept or [self._idle]
 
     def _cut(self, conversation: dict[str, Any], fitting: int, found: str, limit: str) -> dict[str, Any] | None:
-        """Keep the first `fitting` exchanges; without one, raise or return None, as `overlong` says."""
+        """Keep the first `fitting` exchanges; without one, None where `overlong` drops the row, else as `_skip`."""
         count = sum(message["role"] == "assistant" for message in conversation["messages"])
         found = f"{conversation['name']}: {found} for {limit}"
         if fitting:
@@ -375,10 +474,11 @@ class LlavaDataCollator:
             self._log(self.shortened, f"{found}; kept the first {fitting} of {count} exchanges")
             return _first_exchanges(conversation, fitting) | {"cut": True}
         found = f"{found}, and not even the first exchange fits"
+        self.shortened -= conversation.get("cut", False)
         if self.overlong == "raise":
             flag = limit.partition("=")[0]
-            raise ValueError(f"{found}. Raise --{flag}, shorten the row, or pass overlong='drop' to leave it out.")
-        self.shortened -= conversation.get("cut", False)
+            advice = f"Raise --{flag}, shorten the row, or pass overlong='drop' to leave it out."
+            return self._skip(conversation["row"], ValueError(f"{found}. {advice}"))
         self.dropped += 1
         self._log(self.dropped, f"{found}; left out of its batch")
         return None
@@ -436,6 +536,17 @@ class LlavaDataCollator:
             logger.warning("%s (no. %d of this kind in this process)", message, count)
 
 
+def append_line(path: str | Path, record: Mapping[str, Any]) -> None:
+    """Append a JSON line to a file that other processes append to as well; the file and its folder are made."""
+    line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, line.encode("utf-8", "backslashreplace"))  # at once, so that no other line comes between
+    finally:
+        os.close(file)
+
+
 def rendered_placement(processor, chat_template: str | None = None) -> str | None:
     """Say where a chat template renders a picture that stands between a turn's words.
 
@@ -464,7 +575,7 @@ def read_row(row: Mapping[str, Any], image_token: str, *, placement: str = "fron
         image_token: The processor's, `<image>`.
         placement: `"front"` puts the pictures of a turn before its text and takes one newline that touches an image
             token of a string content away with it; `"keep"` leaves pictures and text as they are.
-        index: Names a row without an `id` in errors.
+        index: Names a row without `id` and `_row` in errors.
 
     Returns:
         `name` of the row, `messages` with list contents, `images` as they were given, and `moved`: whether one of
@@ -475,7 +586,11 @@ def read_row(row: Mapping[str, Any], image_token: str, *, placement: str = "fron
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"row {index} of the batch is {type(row).__name__}; expected a mapping with `messages`")
-    name = f"row {row['id']!r}" if row.get("id") is not None else f"row {index} of the batch"
+    identity, number = row.get("id"), row.get("_row")
+    if number is not None:
+        name = f"row {number}" if identity is None else f"row {number} (id {identity!r})"
+    else:
+        name = f"row {index} of the batch" if identity is None else f"row {identity!r}"
     turns, sources = row.get("messages"), row.get("images")
     if not (isinstance(turns, list | tuple) and turns and all(isinstance(turn, Mapping) for turn in turns)):
         raise ValueError(

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
+from typing import NamedTuple, TextIO
 
 import datasets
 import numpy as np
@@ -51,16 +51,20 @@ PICTURE_TYPOS = {
     *("image_path", "image_paths", "image_file", "image_files", "img_path", "img_paths", "imagepath", "imagepaths"),
 }
 MESSAGES = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+URL = re.compile(r"[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 BLANKS = re.compile(r"[ \t\r\n]*")
 
-CACHE_FORMAT = 3  # part of the cache key: raise it whenever the same file must give other rows than before
+CACHE_FORMAT = 4  # part of the cache key: raise it whenever the same file must give other rows than before
 ERRORS_SHOWN = 5
+MAX_BAD_SHARE = 0.01  # of a dataset's rows, for on_bad_row="skip": with more the data is wrong, not a few rows of it
 ROWS_PEEKED = 1000  # that tell a stream its columns, and a file their types unless a later row has others
 # Rows are turned into Arrow before Python's garbage collector counts them as old: 1000 at once take 1.6 times as long.
 ROWS_AT_ONCE = 100
 ROWS_PER_CHUNK = 1000  # as `datasets` writes; opening a file maps some of each chunk into memory
 ROWS_OF_PICTURES = 100  # of a Parquet file at once: a row group of 1000 photographs is a gigabyte
 BLOCK = 1 << 20  # characters
+NUMBER = set("0123456789+-.eE")
+MAX_DEPTH = 100  # of lists and objects in a row: Python's stack ends at about 1000, in whatever handles the row later
 
 
 def load_rows(
@@ -71,6 +75,11 @@ def load_rows(
     name: str | None = None,
     streaming: bool = False,
     placement: str = "front",
+    on_bad_row: str = "raise",
+    skipped_rows: str | os.PathLike | None = None,
+    allow_external_images: bool = False,
+    allow_remote_images: bool = False,
+    number_rows: bool = False,
 ) -> Dataset | IterableDataset:
     """Load training rows with the columns `messages`, `images` and whatever other columns the data has.
 
@@ -126,16 +135,26 @@ def load_rows(
         streaming: return an `IterableDataset`.
         placement: what the collator is given: `"front"` if pictures go before a turn's text, `"keep"` if they stay
             where they stand in it. Datasets that have `messages` already pass through unchanged with both.
+        on_bad_row: `"raise"`: rows that cannot be used are an error. `"skip"`: they are left out, unless they are more
+            than one in a hundred; of a dataset that passes through, the collator judges.
+        skipped_rows: a file that gets a JSON line (`row`, `id`, `reason`) for each row left out.
+        allow_external_images: accept pictures of a JSON file outside of `image_folder` (absolute paths, `..`, symbolic
+            links out of it), and datasets that hold paths. Rows from elsewhere could name any file of this machine.
+        allow_remote_images: accept URLs in a JSON file, which are fetched when a batch is built.
+        number_rows: add the column `_row`, each row's number in the file or split, by which a collator names it. A
+            stream of several files has none: several loader workers would each count from 0.
 
     Raises:
         ValueError: rows that cannot be used (five of them with file, row, found, expected and remedy, and how many
-            more; of a dataset up to the thousand rows with the first one); a file that is empty, not UTF-8 or not
-            Parquet; a dataset of no known shape, or of paths; an option that `path` cannot have, or a `placement`
-            outside its set.
+            more; of a dataset up to the thousand rows with the first one); with either `on_bad_row` a list that breaks
+            off, since what stands behind is lost; a file that is empty, not UTF-8 or not Parquet; a dataset of no
+            known shape, or of paths; an option that `path` cannot have, or a `placement` outside its set.
         FileNotFoundError: there is no such file.
     """
     if placement not in MARKERS:
         raise ValueError(f"placement={placement!r}: expected one of {', '.join(map(repr, MARKERS))}")
+    if on_bad_row not in ("raise", "skip"):
+        raise ValueError(f"on_bad_row={on_bad_row!r}: expected 'raise' or 'skip'")
     path = os.fspath(path)
     is_json = path.lower().endswith((".json", ".jsonl"))
     if is_json or path.lower().endswith(".parquet"):
@@ -150,25 +169,116 @@ def load_rows(
     if is_json:
         path = os.path.abspath(path)
         folder = os.path.abspath(image_folder or os.path.dirname(path))
-        return (_stream_file if streaming else _load_file)(path, folder, placement, split)
+        find = PictureFolder(folder, allow_external_images, allow_remote_images)
+        source = Source(path, find, placement, on_bad_row == "skip", skipped_rows, number_rows)
+        return (_stream_file if streaming else _load_file)(source, split)
     if image_folder is not None:
         raise ValueError(
             f"{path}: found image_folder={os.fspath(image_folder)!r}; expected it with a .json or .jsonl file alone, "
             "since a dataset holds its own pictures. Leave it out, or pass the path of the JSON file."
         )
-    return _load_dataset(path, name, split, streaming, placement)
+    source = Source(path, None, placement, on_bad_row == "skip", skipped_rows, number_rows)
+    return _load_dataset(source, name, split, streaming, allow_external_images)
 
 
-def _load_file(path: str, folder: str, placement: str, split: str) -> Dataset:
+class BrokenList(BadRow):
+    """A list in a `.json` file that breaks off: what stands behind it, how much nobody knows, cannot be read."""
+
+
+class PictureFolder:
+    """Finds the pictures of a file's rows, in a folder and below, nowhere else unless told.
+
+    Lists each folder once: on a network disk a lookup a picture would take minutes.
+
+    Args:
+        folder: where relative paths start.
+        allow_external: accept pictures outside of it.
+        allow_remote: accept URLs.
+    """
+
+    def __init__(self, folder: str, allow_external: bool = False, allow_remote: bool = False):
+        self.folder = folder
+        self.allow_external = allow_external
+        self.allow_remote = allow_remote
+        self._listed: dict[str, dict[str, bool]] = {}
+        self._root = os.path.realpath(folder)
+
+    def __call__(self, picture: str) -> str:
+        """Return the path (or URL) of a picture that is there.
+
+        Raises:
+            BadRow: it is not there, or where it may not be.
+        """
+        if URL.match(picture):
+            if not self.allow_remote:
+                raise BadRow(
+                    f"the URL {picture[:200]}",
+                    "the path of a picture",
+                    "Download it and name the file, or pass --allow_remote_images",
+                )
+            return picture
+        path = os.path.join(self.folder, picture)
+        folder, name = os.path.split(path)
+        if folder not in self._listed:
+            self._listed[folder] = self._list(folder)
+        inside = self._listed[folder].get(name)
+        if inside is None:  # the disk may ignore case where names differ in it
+            if "\0" in path or not os.path.isfile(path):
+                raise BadRow(
+                    f"no picture file at {path}",
+                    "an existing file",
+                    f"Correct the path or --image_folder ({self.folder})",
+                )
+            inside = self._is_inside(path)
+        if not (inside or self.allow_external):
+            raise BadRow(
+                f"the picture {path} outside of {self.folder}",
+                "pictures in --image_folder",
+                "Move it there, name a folder above both, or pass --allow_external_images if you trust the rows",
+            )
+        return path
+
+    def _list(self, folder: str) -> dict[str, bool]:
+        """Names of the files in a folder, and whether each really lies below `self.folder`."""
+        try:
+            with os.scandir(folder) as entries:
+                files = [entry for entry in entries if entry.is_file()]
+        except (OSError, ValueError):
+            return {}
+        inside = self._is_inside(folder)
+        return {file.name: self._is_inside(file.path) if file.is_symlink() else inside for file in files}
+
+    def _is_inside(self, path: str) -> bool:
+        return os.path.join(os.path.realpath(path), "").startswith(os.path.join(self._root, ""))
+
+
+class Source(NamedTuple):
+    """Rows on disk, and how they are read."""
+
+    path: str
+    find: Callable[[str], str] | None  # of a JSON file: looks a picture up, or raises BadRow
+    placement: str
+    skip: bool
+    skipped_rows: str | os.PathLike | None
+    number_rows: bool
+
+
+def _load_file(source: Source, split: str) -> Dataset:
+    path, find = source.path, source.find
     stamp = _stamp(path)
-    key = Hasher.hash((CACHE_FORMAT, path, folder, placement, stamp))
-    cache = _cache_file(key)
+    policy = (source.placement, source.skip, find.allow_external, find.allow_remote)
+    cache = _cache_file(Hasher.hash((CACHE_FORMAT, path, find.folder, policy, stamp)))
+    skipped = cache.with_suffix(".skipped.jsonl")
     with FileLock(f"{cache}.lock"):
         cached = cache.exists()
+        if cached and source.skip and not _are_there(cache, find):
+            cached = False  # a picture has gone since, so rows have to go
         if not cached:
             partial_file = cache.with_suffix(".partial")
             try:
-                _convert(path, folder, placement, partial_file)
+                left_out = _convert(source, partial_file)
+                if source.skip:
+                    _write_lines(skipped, left_out)
                 if _stamp(path) != stamp:
                     raise ValueError(f"{path}: found that the file changed while it was read. Load it again.")
                 os.replace(partial_file, cache)
@@ -176,21 +286,51 @@ def _load_file(path: str, folder: str, placement: str, split: str) -> Dataset:
                 partial_file.unlink(missing_ok=True)
     split_name = split.partition("[")[0]
     rows = Dataset.from_file(str(cache), split=NamedSplit(split_name))
-    if cached:
-        is_file = _file_finder()
-        if not all(map(is_file, pc.unique(pc.list_flatten(rows.data["images"])).to_pylist())):
-            for _ in _check(path, folder, placement, {}, rows.features):  # a picture has gone since: raises
-                pass
-    if split == split_name:
-        return rows
-    spans = ReadInstruction.from_spec(split).to_absolute({split_name: len(rows)})
-    return rows.select([row for span in spans for row in range(span.from_, span.to)])
+    if not source.number_rows:
+        rows = rows.remove_columns("_row")
+    if cached and not source.skip and not _are_there(cache, find):
+        for _ in _check(source, {}, rows.features, []):  # a picture has gone since: raises
+            pass
+    if source.skip:
+        _name_skipped(source, skipped.read_text("utf-8").split("\n")[:-1])
+    return rows if split == split_name else rows.select(_numbers_in(split, {split_name: len(rows)}))
+
+
+def _numbers_in(split: str, lengths: dict[str, int]) -> list[int]:
+    """Numbers of the rows in a slice such as "train[90%:]"."""
+    spans = ReadInstruction.from_spec(split).to_absolute(lengths)
+    return [row for span in spans for row in range(span.from_, span.to)]
 
 
 def _cache_file(key: str) -> Path:
     file = Path(datasets.config.HF_DATASETS_CACHE, "llava_json", f"{key}.arrow")
     file.parent.mkdir(parents=True, exist_ok=True)
     return file
+
+
+def _are_there(cache: Path, find: PictureFolder) -> bool:
+    """Whether all pictures of a cached file are where they were."""
+    images = Dataset.from_file(str(cache)).data["images"]
+    try:
+        for picture in pc.unique(pc.list_flatten(images)).to_pylist():
+            find(picture)
+    except BadRow:
+        return False
+    return True
+
+
+def _write_lines(path: str | os.PathLike, lines: list[str], mode: str = "w") -> None:
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    with open(path, mode, encoding="utf-8", errors="backslashreplace") as file:
+        file.writelines(f"{line}\n" for line in lines)
+
+
+def _name_skipped(source: Source, lines: list[str]) -> None:
+    """Add what `skipped_rows` does not say yet: each slice of a file, and each pass, leaves out the same rows."""
+    file = source.skipped_rows
+    if file is not None:
+        known = Path(file).read_text("utf-8").split("\n") if os.path.exists(file) else []
+        _write_lines(file, [line for line in lines if line not in known], "a")
 
 
 def _stamp(path: str) -> tuple[int, int, int]:
@@ -208,38 +348,48 @@ def _write(rows: Iterator[dict], features: Features, target: Path) -> None:
             writer.write_table(pa.concat_tables(chunk).combine_chunks())
 
 
-def _stream_file(path: str, folder: str, placement: str, split: str) -> IterableDataset:
-    features = _features({name: Json() for name, _ in _peek(path)})
-    kwargs = {"path": path, "folder": folder, "placement": placement, "features": features}
+def _stream_file(source: Source, split: str) -> IterableDataset:
+    features = _features({name: Json() for name, _ in _peek(source.path)})
+    if not source.number_rows:
+        del features["_row"]  # here, since removing a column of a stream would change how its `Json` columns read
+    kwargs = {"source": source, "features": features}
     return IterableDataset.from_generator(_rows, features=features, gen_kwargs=kwargs, split=NamedSplit(split))
 
 
-def _convert(path: str, folder: str, placement: str, target: Path) -> None:
-    """Check all rows of a file and write them, in one pass if the first rows tell the types of the columns."""
+def _convert(source: Source, target: Path) -> list[str]:
+    """Check all rows of a file and write them, in one pass if the first rows tell the types of the columns.
+
+    Returns:
+        JSON lines of the rows left out.
+    """
     types: dict[str, set[type]] = {}
-    for name, value in _peek(path):
+    for name, value in _peek(source.path):
         types.setdefault(name, set()).add(type(value))
-    features = _features_of(types)
-    _write(_check(path, folder, placement, types, features), features, target)
+    features, skipped = _features_of(types), []
+    _write(_check(source, types, features, skipped), features, target)
     if _features_of(types) != features:
         features = _features_of(types)
-        _write(_rows(path, folder, placement, features, is_file=bool), features, target)  # bool: all were found
+        _write(_rows(source._replace(skipped_rows=None), features), features, target)
+    return skipped
 
 
-def _check(path: str, folder: str, placement: str, types: dict[str, set[type]], features: Features) -> Iterator[dict]:
-    """Parse the whole file and raise one error for its bad rows.
+def _check(source: Source, types: dict[str, set[type]], features: Features, skipped: list[str]) -> Iterator[dict]:
+    """Parse the whole file and raise one error for its bad rows, or name them in `skipped`.
 
-    Yields rows for as long as there is no bad one and `features` has the columns and types met, which go into `types`.
+    Yields rows for as long as there is no bad one (but for those to skip) and `features` has the columns and types
+    met, which go into `types`.
     """
-    reader, is_file = RowReader(placement), _file_finder()
+    reader = RowReader(source.placement)
     errors, bad, fits = [], 0, True
-    for row, record in enumerate(read_records(path)):
+    for row, record in enumerate(_records(source)):
         try:
-            messages, images = parse_row(record, folder, reader, is_file)
+            messages, images = parse_row(record, reader, source.find)
         except BadRow as error:
             bad += 1
             if bad <= ERRORS_SHOWN:
-                errors.append(_describe(path, row, record, error))
+                errors.append(_describe(source.path, row, record, error))
+            if source.skip:
+                skipped.append(_skipped(source.path, row, record, error))
             continue
         columns = {name: record[name] for name in record if name not in reader.shape.columns}
         for name, value in columns.items():
@@ -247,10 +397,26 @@ def _check(path: str, folder: str, placement: str, types: dict[str, set[type]], 
             if type(value) not in seen:
                 seen.add(type(value))
                 fits = fits and _column_feature(seen) == features.get(name)
-        if fits and not bad:
-            yield {"messages": messages, "images": images, **_as_stored(columns, features)}
-    if bad:
+        if fits and (source.skip or not bad):
+            yield {"messages": messages, "images": images, "_row": row, **_as_stored(columns, features)}
+    if bad and not source.skip:
         raise _cannot_use(bad, f"{row + 1}", errors)
+    _refuse_many(bad, row + 1, errors)
+
+
+def _refuse_many(bad: int, rows: int, errors: list[str]) -> None:
+    if bad > MAX_BAD_SHARE * rows:
+        error = _cannot_use(bad, f"{rows}", errors)
+        error.add_note(
+            f"That is more than {MAX_BAD_SHARE:.0%} of the rows, the most that on_bad_row='skip' leaves out."
+        )
+        raise error
+
+
+def _skipped(path: str, row: int, record: object, error: BadRow) -> str:
+    identity = record.get("id") if isinstance(record, dict) else None
+    reason = {"row": row, "id": identity, "reason": f"{path}: {error}"}
+    return json.dumps(reason, ensure_ascii=False, default=str)
 
 
 def _peek(path: str) -> Iterator[tuple[str, object]]:
@@ -275,7 +441,7 @@ def _features_of(types: dict[str, set[type]]) -> Features:
 
 
 def _features(columns: dict) -> Features:
-    return Features({"messages": MESSAGES, "images": List(Value("string")), **columns})
+    return Features({"messages": MESSAGES, "images": List(Value("string")), "_row": Value("int64"), **columns})
 
 
 def _column_feature(types: set[type]):
@@ -296,34 +462,29 @@ def _describe(path: str, row: int, record: object, error: BadRow) -> str:
     return f"{path}, row {row}" + (f" (id {record['id']!r})" if known else "") + f": {error}"
 
 
-def _file_finder() -> Callable[[str], bool]:
-    """`os.path.isfile` that lists a folder once: on a network disk a lookup a picture would take minutes."""
-    listed: dict[str, set[str]] = {}
-
-    def is_file(path: str) -> bool:
-        folder, name = os.path.split(path)
-        if folder not in listed:
-            try:
-                listed[folder] = {entry.name for entry in os.scandir(folder) if entry.is_file()}
-            except (OSError, ValueError):
-                listed[folder] = set()
-        return name in listed[folder] or os.path.isfile(path)  # the disk may ignore case where names differ in it
-
-    return is_file
-
-
-def _rows(path: str, folder: str, placement: str, features: Features, is_file: Callable[[str], bool] = os.path.isfile):
-    reader = RowReader(placement)
-    for row, record in enumerate(read_records(path)):
+def _rows(source: Source, features: Features):
+    path, reader = source.path, RowReader(source.placement)
+    for row, record in enumerate(_records(source)):
         try:
-            messages, images = parse_row(record, folder, reader, is_file)
+            messages, images = parse_row(record, reader, source.find)
         except BadRow as error:
-            raise ValueError(_describe(path, row, record, error)) from None
+            if not source.skip:
+                raise ValueError(_describe(path, row, record, error)) from None
+            _name_skipped(source, [_skipped(path, row, record, error)])
+            continue
         columns = {name: record[name] for name in record if name not in reader.shape.columns}
         for name in columns.keys() - features.keys():
             warnings.warn(f"{path}: column {name!r} is left out: no row up to {ROWS_PEEKED} has it", stacklevel=2)
             del columns[name]
-        yield {"messages": messages, "images": images, **_as_stored(columns, features)}
+        number = {"_row": row} if "_row" in features else {}
+        yield {"messages": messages, "images": images, **number, **_as_stored(columns, features)}
+
+
+def _records(source: Source) -> Iterator:
+    for record in read_records(source.path):
+        if source.skip and isinstance(record, BrokenList):  # skipping it would skip rows that nobody counts
+            raise ValueError(f"{source.path}: {record} What stands behind it in the list cannot be read.")
+        yield record
 
 
 def read_records(path: str) -> Iterator:
@@ -360,17 +521,17 @@ def _read_lines(file: TextIO, decode: Callable) -> Iterator:
 
 def _read_list(file: TextIO, decode: Callable) -> Iterator:
     """Read a list value by value: a file of 1 GB would take several as Python objects."""
-    text, at, line, opening = file.read(BLOCK), 0, 1, "["
+    text, at, line, opening = _read_block(file, BLOCK), 0, 1, "["
     while True:
         try:
             found = _next_value(text, at, opening, decode)
         except ValueError as error:
             # The text may just end too early. Reading twice as much each time keeps a long row linear.
-            more = isinstance(error, json.JSONDecodeError) and file.read(max(BLOCK, len(text) - at))
+            more = isinstance(error, json.JSONDecodeError) and _read_block(file, max(BLOCK, len(text) - at))
             if not more and not text.strip() and opening == "[":
                 return
             if not more:
-                yield _broken_json(line + text.count("\n", 0, getattr(error, "pos", at)), error)
+                yield _broken_json(line + text.count("\n", 0, getattr(error, "pos", at)), error, BrokenList)
                 return
             line += text.count("\n", 0, at)
             text, at = text[at:] + more, 0
@@ -378,11 +539,20 @@ def _read_list(file: TextIO, decode: Callable) -> Iterator:
         if found is None:
             end = text.index("]", at) + 1
             if (text[end:] + file.read(BLOCK)).strip():
-                yield _broken_json(line + text.count("\n", 0, end), ValueError("text behind the end of the list"))
+                error = ValueError("text behind the end of the list")
+                yield _broken_json(line + text.count("\n", 0, end), error, BrokenList)
             return
         record, at = found
         yield record
         opening = ","
+
+
+def _read_block(file: TextIO, size: int) -> str:
+    """Text that does not end inside a number, whose first digits would be taken for all of it."""
+    text = file.read(size)
+    while text[-1:] in NUMBER and (more := file.read(len(text))):
+        text += more
+    return text
 
 
 def _next_value(text: str, at: int, opening: str, decode: Callable) -> tuple[object, int] | None:
@@ -398,14 +568,31 @@ def _next_value(text: str, at: int, opening: str, decode: Callable) -> tuple[obj
 
 
 def _decode(decoder: json.JSONDecoder, text: str, at: int) -> tuple[object, int]:
-    record, end = decoder.raw_decode(text, at)
+    try:
+        record, end = decoder.raw_decode(text, at)
+        opened = text.count("[", at, end) + text.count("{", at, end)
+        too_deep = opened > MAX_DEPTH and _depth(record) > MAX_DEPTH
+    except RecursionError:
+        too_deep = True
+    if too_deep:
+        raise ValueError(f"lists or objects nested more than {MAX_DEPTH} deep")
     if text.find("\\ud", at, end) >= 0 or text.find("\\uD", at, end) >= 0:
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError as error:
             half = error.object[error.start].encode("unicode_escape").decode()
             record = BadRow(f"half a character, {half}", "whole Unicode characters", "Remove it from the text")
+    if isinstance(record, dict) and "\0" in "".join(record):  # Arrow would cut the name there, and lose the values
+        record = BadRow(f"the keys {list(record)}", "keys without a NUL character", "Rename the key")
     return record, end
+
+
+def _depth(record: object) -> int:
+    depth, level = 0, [record]
+    while level := [value for value in level if isinstance(value, dict | list)]:
+        depth += 1
+        level = [inner for value in level for inner in (value.values() if isinstance(value, dict) else value)]
+    return depth
 
 
 def _refuse_duplicates(pairs: list[tuple[str, object]]) -> dict:
@@ -433,24 +620,21 @@ def _float64(digits: str) -> float:
     return number
 
 
-def _broken_json(line: int, error: ValueError) -> BadRow:
-    return BadRow(
+def _broken_json(line: int, error: ValueError, kind: type[BadRow] = BadRow) -> BadRow:
+    return kind(
         f"broken JSON in line {line}: {getattr(error, 'msg', error)}",
         "a list of objects in a .json file, one object a line in a .jsonl file",
         "Correct the line, or the suffix of the file",
     )
 
 
-def parse_row(
-    record: object, folder: str, reader: RowReader, is_file: Callable[[str], bool]
-) -> tuple[list[dict], list[str]]:
+def parse_row(record: object, reader: RowReader, find: Callable[[str], str]) -> tuple[list[dict], list[str]]:
     """Check a row of a JSON file.
 
     Args:
         record: what `read_records` gave.
-        folder: goes in front of relative picture paths.
         reader: of this file; it knows the shape of the rows before.
-        is_file: tells whether a picture is there; `bool` looks none up.
+        find: makes a picture's path of what the row calls it; raises BadRow (`PictureFolder`).
 
     Returns:
         Its messages and the paths of its pictures.
@@ -466,14 +650,11 @@ def parse_row(
             "an object",
             "Write one object a row; a file that is one list ends in .json",
         )
-    pictures = [os.path.join(folder, picture) for picture in _parse_pictures(record)]
+    if "_row" in record:
+        raise BadRow("the key '_row'", "keys of your own", "Rename the key: the number of the row gets this name")
+    pictures = _parse_pictures(record)
     messages = reader(record, len(pictures))
-    for picture in pictures:
-        if not is_file(picture):
-            raise BadRow(
-                f"no picture file at {picture}", "an existing file", f"Correct the path or --image_folder ({folder})"
-            )
-    return messages, pictures
+    return messages, [find(picture) for picture in pictures]
 
 
 def _parse_pictures(record: dict) -> list[str]:
@@ -496,7 +677,10 @@ def _parse_pictures(record: dict) -> list[str]:
     return pictures
 
 
-def _load_dataset(path: str, name: str | None, split: str, streaming: bool, placement: str):
+def _load_dataset(
+    source: Source, name: str | None, split: str, streaming: bool, allow_paths: bool
+) -> Dataset | IterableDataset:
+    path = source.path
     rows = _open_dataset(path, name, split, streaming)
     features = rows.features.copy()
     try:
@@ -505,27 +689,96 @@ def _load_dataset(path: str, name: str | None, split: str, streaming: bool, plac
         raise ValueError(f"{path}: {error}") from None
     if _is_plain(features, shape):
         shape = None
-    column = next((name for name in ("images", "image") if name in features), None)
-    if column is not None:
-        leaf = getattr(features[column], "feature", features[column])
-        if shape is not None and leaf in (Value("string"), Value("large_string")):
-            raise ValueError(
-                f"{path}: found paths in {column!r}; expected the pictures themselves, as bytes. Pass the path of the "
-                ".json or .jsonl file, whose folder or --image_folder says where relative paths start."
-            )
-        features[column] = _undecoded(features[column])
+    columns = [name for name in ("images", "image") if name in features]
+    column = columns[0] if columns else None
+    if columns:
+        features.update({name: _undecoded(features[name]) for name in columns})
         if streaming:
-            rows = rows.cast_column(column, features[column])
+            rows = rows.cast(features)
         else:
             # `cast_column` would write a copy of all pictures to the cache: only the type of the same bytes changes.
             info = rows.info.copy()
             info.features = features
             rows = Dataset(rows.data, info=info, split=rows.split)
+    if not allow_paths and not _is_own_folder(rows, path):
+        rows = _without_paths(rows, path, columns)
     if column != "images" or not isinstance(features["images"], List | LargeList):
         images = features.pop(column, Value("string"))
         features["images"] = images if isinstance(images, List | LargeList) else List(images)
         rows = rows.map(partial(_wrap_images, column), remove_columns=column, features=features)
-    return rows if shape is None else _read_messages(rows, shape, path, streaming, placement)
+    if source.number_rows:
+        rows = _number(rows, path, split)
+    return rows if shape is None else _read_messages(rows, shape, source, streaming)
+
+
+def _is_own_folder(rows: Dataset | IterableDataset, path: str) -> bool:
+    """Whether the pictures are files that `datasets` itself found in the folder; a saved dataset could just say so."""
+    return rows.info.builder_name == "imagefolder" and not _is_saved(path)
+
+
+def _without_paths(rows: Dataset | IterableDataset, path: str, columns: list[str]) -> Dataset | IterableDataset:
+    """Refuse pictures that are paths, or that have a path in place of bytes."""
+    if not isinstance(rows, Dataset):
+        return rows.map(partial(_refuse_paths, path, columns), features=rows.features)
+    for column in columns:
+        if any(map(_has_path, rows.data[column].chunks)):
+            raise _found_paths(path, column)
+    return rows
+
+
+def _refuse_paths(path: str, columns: list[str], row: dict) -> dict:
+    for column in columns:
+        images = row[column] if isinstance(row[column], list) else [row[column]]
+        for image in images:
+            if isinstance(image, str) or (isinstance(image, dict) and image.get("path") and not image.get("bytes")):
+                raise _found_paths(path, column)
+    return row
+
+
+def _has_path(pictures: pa.Array) -> bool:
+    """As `_refuse_paths`, without reading a picture."""
+    while pa.types.is_list(pictures.type) or pa.types.is_large_list(pictures.type):
+        ends = pictures.offsets
+        pictures = pictures.values[ends[0].as_py() : ends[-1].as_py()]
+    if not pa.types.is_struct(pictures.type):
+        is_bytes = pa.types.is_binary(pictures.type) or pa.types.is_large_binary(pictures.type)
+        return not is_bytes and pictures.null_count < len(pictures)
+    names = {field.name for field in pictures.type}
+    if "path" not in names:
+        return False
+    paths = pc.struct_field(pictures, "path")
+    if "bytes" in names:
+        sizes = pc.binary_length(pc.struct_field(pictures, "bytes").cast(pa.large_binary()))
+        paths = paths.filter(pc.fill_null(pc.equal(sizes, 0), True))
+    return paths.null_count < len(paths)
+
+
+def _found_paths(path: str, column: str) -> ValueError:
+    return ValueError(
+        f"{path}: found paths in {column!r}; expected the pictures themselves, as bytes. Pass the path of the .json "
+        "or .jsonl file, whose folder or --image_folder says where relative paths start, or --allow_external_images "
+        "if you trust the rows: their paths then start at the working directory."
+    )
+
+
+def _number(rows: Dataset | IterableDataset, path: str, split: str) -> Dataset | IterableDataset:
+    """Add the column `_row`, unless the rows were saved with theirs."""
+    if "_row" in rows.features:
+        if rows.features["_row"] != Value("int64"):
+            raise ValueError(f"{path}: found the column '_row'; expected columns of your own. Rename the column.")
+        return rows
+    if isinstance(rows, Dataset):
+        lengths = {name: info.num_examples for name, info in (rows.info.splits or {}).items()}
+        numbers = _numbers_in(split, lengths) if "[" in split else np.arange(len(rows))
+        return concatenate_datasets([rows, Dataset.from_dict({"_row": numbers})], axis=1, split=rows.split)
+    if rows.num_shards > 1:
+        return rows
+    features = Features({**rows.features, "_row": Value("int64")})
+    return rows.map(_add_number, with_indices=True, features=features)
+
+
+def _add_number(record: dict, row: int) -> dict:
+    return record | {"_row": row}
 
 
 def _is_plain(features: Features, shape: Shape) -> bool:
@@ -551,7 +804,7 @@ def _open_dataset(path: str, name: str | None, split: str, streaming: bool) -> D
             # Arrow's read-ahead, on by default, keeps what it read until the file is closed: 2.5 GB of a 2 GB file.
             fragment_scan_options=pyarrow.dataset.ParquetFragmentScanOptions(pre_buffer=False),
         )
-    if not any(os.path.isfile(os.path.join(path, marker)) for marker in ("state.json", "dataset_dict.json")):
+    if not _is_saved(path):
         return load_dataset(path, name, split=split, streaming=streaming)
     rows = load_from_disk(path)
     if "[" in split:
@@ -563,49 +816,71 @@ def _open_dataset(path: str, name: str | None, split: str, streaming: bool) -> D
     return rows.to_iterable_dataset() if streaming else rows
 
 
-def _read_messages(rows, shape: Shape, path: str, streaming: bool, placement: str) -> Dataset | IterableDataset:
+def _is_saved(path: str) -> bool:
+    return any(os.path.isfile(os.path.join(path, marker)) for marker in ("state.json", "dataset_dict.json"))
+
+
+def _read_messages(rows, shape: Shape, source: Source, streaming: bool) -> Dataset | IterableDataset:
     """Put `messages` in place of the columns of another shape. Pictures are neither decoded nor copied."""
     taken = [name for name in rows.features if name in shape.columns - {"image", "images"}]
-    reader = RowReader(placement)
+    reader = RowReader(source.placement)
     if streaming:
         features = {"messages": MESSAGES, **{name: rows.features[name] for name in rows.features if name not in taken}}
-        read = partial(_read_row, path, reader)
-        return rows.map(read, with_indices=True, remove_columns=taken, features=Features(features))
+        read = partial(_read_row, source, reader)
+        rows = rows.map(read, with_indices=True, remove_columns=taken, features=Features(features))
+        return rows.filter(_has_messages) if source.skip else rows
     # Their number is all that is needed of the pictures; the rest of the row is not read, nor written once more.
     pictures = pc.fill_null(pc.list_value_length(rows.data["images"]), 0).to_numpy()
     beside = rows.remove_columns(taken)
     texts = rows.select_columns([name for name in rows.features if name in (*taken, "id", *shape.unread)])
-    key = Hasher.hash((CACHE_FORMAT, rows._fingerprint, placement))
-    messages = texts.map(
-        partial(_read_batch, path, reader, pictures),
+    key = Hasher.hash((CACHE_FORMAT, rows._fingerprint, source.placement, source.skip))
+    read = texts.map(
+        partial(_read_batch, source, reader, pictures),
         batched=True,
         with_indices=True,
         remove_columns=texts.column_names,
-        features=Features({"messages": MESSAGES}),
+        features=Features({"messages": MESSAGES, "skipped": Value("string")}),
         new_fingerprint=key,
         cache_file_name=str(_cache_file(key)),
     )
-    return concatenate_datasets([messages, beside], axis=1, split=rows.split)
+    usable = pc.is_null(read.data["skipped"]).to_numpy()
+    rows = concatenate_datasets([read.remove_columns("skipped"), beside], axis=1, split=rows.split)
+    if usable.all():
+        return rows
+    skipped = pc.drop_null(read.data["skipped"]).to_pylist()
+    _refuse_many(len(skipped), len(rows), [json.loads(line)["reason"] for line in skipped[:ERRORS_SHOWN]])
+    _name_skipped(source, skipped)
+    return rows.select(np.flatnonzero(usable))
 
 
-def _read_row(path: str, reader: RowReader, record: dict, row: int) -> dict:
+def _has_messages(record: dict) -> bool:
+    return record["messages"] is not None
+
+
+def _read_row(source: Source, reader: RowReader, record: dict, row: int) -> dict:
     try:
         return {"messages": reader(record, len(record["images"] or []))}
     except BadRow as error:
-        raise ValueError(_describe(path, row, record, error)) from None
+        if not source.skip:
+            raise ValueError(_describe(source.path, row, record, error)) from None
+        _name_skipped(source, [_skipped(source.path, row, record, error)])
+        return {"messages": None}
 
 
-def _read_batch(path: str, reader: RowReader, pictures: np.ndarray, batch: dict, rows: list[int]) -> dict:
-    messages, errors = [], []
+def _read_batch(source: Source, reader: RowReader, pictures: np.ndarray, batch: dict, rows: list[int]) -> dict:
+    messages, skipped, errors = [], [], []
     for row, values in zip(rows, zip(*batch.values(), strict=True), strict=True):
         record = dict(zip(batch, values, strict=True))
         try:
             messages.append(reader(record, int(pictures[row])))
+            skipped.append(None)
         except BadRow as error:
-            errors.append(_describe(path, row, record, error))
-    if errors:
+            messages.append(None)
+            skipped.append(_skipped(source.path, row, record, error))
+            errors.append(_describe(source.path, row, record, error))
+    if errors and not source.skip:
         raise _cannot_use(len(errors), f"the first {rows[-1] + 1}", errors[:ERRORS_SHOWN])
-    return {"messages": messages}
+    return {"messages": messages, "skipped": skipped}
 
 
 def _undecoded(feature):

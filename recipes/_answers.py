@@ -6,12 +6,16 @@ A file of its own so that both give the same answer to the same prompt, and stay
 import argparse
 import re
 import warnings
+from collections.abc import Callable
 
 import torch
 from peft import PeftConfig, PeftModel
+from rich.markup import escape
+from rich.table import Table
 from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 from transformers.utils import find_adapter_config_file
 
+from _weights import safe_weights
 from collators import load_image
 
 MEASURES = ("exact_match", "exact_match_strict", "stopped", "scienceqa", "scienceqa_image")
@@ -25,6 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
     parser.add_argument("--max_new_tokens", type=int, default=256, help="where an answer is cut")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: greedy; above: sampled")
+    parser.add_argument("--allow_remote_images", action="store_true", help="fetch pictures that are named by a URL")
+    parser.add_argument("--allow_pickled_weights", action="store_true", help="load weights that are no safetensors")
 
 
 def load_processor(path: str) -> ProcessorMixin:
@@ -34,7 +40,7 @@ def load_processor(path: str) -> ProcessorMixin:
         ValueError: there is none at `path`, or it has no chat template.
     """
     try:
-        processor = AutoProcessor.from_pretrained(path)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     except OSError as error:
         raise ValueError(
             f"{path}: found no processor; expected a folder or hub id with the model and its processor_config.json. "
@@ -49,25 +55,27 @@ def load_processor(path: str) -> ProcessorMixin:
 
 
 def load_checkpoint(
-    path: str, dtype: str = "auto", device: str = "auto"
+    path: str, dtype: str = "auto", device: str = "auto", allow_pickled_weights: bool = False
 ) -> tuple[PreTrainedModel | PeftModel, ProcessorMixin]:
-    """Load a model and its processor with the stock auto classes, ready to generate.
+    """Load a model and its processor with the stock auto classes, ready to generate. No code of theirs runs.
 
     An adapter is loaded with PEFT onto its unquantised base: the auto class would do so too, but drops DoRA's
     magnitudes with no more than a table in the log (transformers 5.23).
 
     Raises:
-        ValueError: as `load_processor`.
+        ValueError: as `load_processor`; the weights are no safetensors (`_weights.safe_weights`).
     """
     processor = load_processor(path)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    weights = safe_weights(path, allow_pickled=allow_pickled_weights)
+    options = {"dtype": dtype, "trust_remote_code": False}
     if find_adapter_config_file(path) is None:
-        return AutoModelForImageTextToText.from_pretrained(path, dtype=dtype).to(device), processor
+        return AutoModelForImageTextToText.from_pretrained(path, **options, **weights).to(device), processor
     config = PeftConfig.from_pretrained(path)
-    base = AutoModelForImageTextToText.from_pretrained(
-        config.base_model_name_or_path, revision=config.revision, dtype=dtype
-    )
+    name, revision = config.base_model_name_or_path, config.revision
+    weights = safe_weights(name, revision, allow_pickled_weights)
+    base = AutoModelForImageTextToText.from_pretrained(name, revision=revision, **options, **weights)
     return PeftModel.from_pretrained(base, path).eval().to(device), processor
 
 
@@ -79,6 +87,7 @@ def answer(
     *,
     max_new_tokens: int,
     temperature: float = 0.0,
+    fetch_image: Callable[[str], bytes] | None = None,
     **generation,
 ) -> list[tuple[str, bool]]:
     """Answer the last turn of each conversation, all in one batch that is padded on the left.
@@ -91,6 +100,7 @@ def answer(
         images: What `load_image` takes, for each conversation in the order of its image parts.
         max_new_tokens: Tokens after which an answer is cut.
         temperature: 0 decodes greedily, or by beams, whatever the checkpoint's generation config says.
+        fetch_image: As `fetch` of `load_image`.
         **generation: Further arguments of `generate`, such as `num_beams` or `streamer`.
 
     Returns:
@@ -110,7 +120,7 @@ def answer(
         processor_kwargs={
             "padding": True,
             "padding_side": "left",
-            "images": [[load_image(source) for source in sources] for sources in images],
+            "images": [[load_image(source, fetch_image) for source in sources] for sources in images],
         },
     ).to(model.device, model.dtype)
     length = inputs["input_ids"].shape[1]
@@ -186,3 +196,13 @@ def summarise(records: list[dict], group_by: str | None = None) -> dict:
             groups.setdefault(str(record[group_by]), []).append(record)
         summary |= {"group_by": group_by, "groups": {name: summarise(group) for name, group in groups.items()}}
     return summary
+
+
+def make_table(summary: dict) -> Table:
+    """What `summarise` found, for a terminal: a row for all questions and for each group."""
+    measures = [measure for measure in MEASURES if summary[measure] is not None]
+    table = Table("", "questions", *(measure.replace("_", " ") for measure in measures))
+    for name, scores in [("all", summary), *summary.get("groups", {}).items()]:
+        shares = ["-" if scores[measure] is None else f"{scores[measure]:.1%}" for measure in measures]
+        table.add_row(escape(name), str(scores["questions"]), *shares)
+    return table

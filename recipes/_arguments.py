@@ -46,6 +46,23 @@ class LlavaScriptArguments(ScriptArguments):
             "choices": ["raise", "drop"],
         },
     )
+    on_bad_row: str = field(
+        default="raise",
+        metadata={
+            "help": "A row or picture that cannot be used: stop, or leave it out, name it in skipped_rows.jsonl in "
+            "--output_dir, and stop when more than 1 % of the rows are bad.",
+            "choices": ["raise", "skip"],
+        },
+    )
+    allow_external_images: bool = field(
+        default=False, metadata={"help": "Accept pictures outside of --image_folder (absolute paths, .., links)."}
+    )
+    allow_remote_images: bool = field(
+        default=False, metadata={"help": "Fetch pictures that rows name by an http(s) URL: 20 MB, 20 s at most."}
+    )
+    allow_pickled_weights: bool = field(
+        default=False, metadata={"help": "Load a checkpoint whose weights are no safetensors (pytorch_model.bin)."}
+    )
     image_tag_format: str | None = field(
         default=None, metadata={"help": "Words around each picture: '<Image>{}</Image>'. Saved in the chat template."}
     )
@@ -96,7 +113,15 @@ def load_datasets(script_args: LlavaScriptArguments, training_args: LlavaSFTConf
         "name": script_args.dataset_config,
         "streaming": script_args.dataset_streaming,
         "placement": script_args.placement,
+        "on_bad_row": script_args.on_bad_row,
+        "allow_external_images": script_args.allow_external_images,
+        "allow_remote_images": script_args.allow_remote_images,
+        "number_rows": True,  # by which errors and skipped_rows.jsonl name a row
     }
+    if training_args.process_index == 0 and script_args.on_bad_row == "skip" and not training_args.dry_run:
+        options["skipped_rows"] = Path(training_args.output_dir, "skipped_rows.jsonl")
+        if str(training_args.resume_from_checkpoint).lower() in ("none", "false"):
+            options["skipped_rows"].unlink(missing_ok=True)  # of an earlier run
     if script_args.dataset_streaming and training_args.max_steps <= 0:
         raise ValueError("--dataset_streaming has no length: pass --max_steps, so that the schedule knows its end")
     train = load_rows(script_args.dataset_name, split=script_args.dataset_train_split, **options)

@@ -23,22 +23,31 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import logging as hf_logging
 
+from _weights import safe_weights
+
 logger = logging.getLogger(__name__)
 
 
-def load_parts(vision_tower: str, language_model: str, dtype: str = "auto") -> tuple[PreTrainedModel, PreTrainedModel]:
+def load_parts(
+    vision_tower: str, language_model: str, dtype: str = "auto", allow_pickled_weights: bool = False
+) -> tuple[PreTrainedModel, PreTrainedModel]:
     """Load a vision tower (of a two-tower checkpoint the vision one alone) and a causal language model.
 
     Args:
         vision_tower: hub id or folder.
         language_model: hub id or folder.
         dtype: of both, or `"auto"` for each as its checkpoint has it.
+        allow_pickled_weights: load weights that are no safetensors, too.
 
     Raises:
-        ValueError: a checkpoint lacks weights of its model, which would stay random; or an auto class refuses it.
+        ValueError: a checkpoint lacks weights of its model, which would stay random; an auto class refuses it; or its
+            weights are no safetensors (`_weights.safe_weights`).
         OSError: no such checkpoint.
     """
-    return _load_whole(AutoModel, vision_tower, dtype), _load_whole(AutoModelForCausalLM, language_model, dtype)
+    return (
+        _load_whole(AutoModel, vision_tower, dtype, allow_pickled_weights),
+        _load_whole(AutoModelForCausalLM, language_model, dtype, allow_pickled_weights),
+    )
 
 
 @torch.no_grad()
@@ -194,9 +203,9 @@ def check_saved(
     return model
 
 
-def _load_whole(auto_class: type, source: str, dtype: str) -> PreTrainedModel:
+def _load_whole(auto_class: type, source: str, dtype: str, allow_pickled: bool) -> PreTrainedModel:
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         if auto_class is AutoModel:
             # With the vision config of a two-tower checkpoint, AutoModel takes the class that LlavaModel builds too.
             config = getattr(config, "vision_config", config)
@@ -204,7 +213,8 @@ def _load_whole(auto_class: type, source: str, dtype: str) -> PreTrainedModel:
         verbosity = hf_logging.get_verbosity()
         hf_logging.set_verbosity_error()
         try:
-            model, info = auto_class.from_pretrained(source, config=config, dtype=dtype, output_loading_info=True)
+            options = {"dtype": dtype, "trust_remote_code": False, **safe_weights(source, allow_pickled=allow_pickled)}
+            model, info = auto_class.from_pretrained(source, config=config, output_loading_info=True, **options)
         finally:
             hf_logging.set_verbosity(verbosity)
     except OSError as error:  # offline, the library's message leaves the name out

@@ -25,6 +25,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from _parts import find_part, list_misfits
+from _weights import safe_weights
 from collators import load_image, load_rows, read_row
 
 logger = logging.getLogger(__name__)
@@ -71,20 +72,23 @@ def read_adapter_config(folder: str | Path) -> PeftConfig:
     return config
 
 
-def load_base(base: str, dtype: str = "auto", revision: str | None = None) -> PreTrainedModel:
+def load_base(
+    base: str, dtype: str = "auto", revision: str | None = None, allow_pickled_weights: bool = False
+) -> PreTrainedModel:
     """Load the model that an adapter goes onto, unquantised, on the CPU.
 
     Args:
         base: hub id or folder.
         dtype: as for `from_pretrained`; `"auto"` is the checkpoint's own.
         revision: of a hub id.
+        allow_pickled_weights: load weights that are no safetensors, too.
 
     Raises:
         OSError: no such checkpoint.
-        ValueError: a quantised checkpoint, one that lacks weights, or no Llava.
+        ValueError: a quantised checkpoint, one that lacks weights, one in other files than safetensors, or no Llava.
     """
     try:
-        config = AutoConfig.from_pretrained(base, revision=revision)
+        config = AutoConfig.from_pretrained(base, revision=revision, trust_remote_code=False)
     except OSError as error:
         raise OSError(
             f"the base {base} is neither a checkpoint folder here nor to be had from the hub ({error}): pass --base "
@@ -96,8 +100,9 @@ def load_base(base: str, dtype: str = "auto", revision: str | None = None) -> Pr
             f"the base {base} is quantised ({method}), and merging into rounded weights rounds the adapter away: pass "
             "--base with the unquantised checkpoint that it was made of"
         )
+    options = {"dtype": dtype, "revision": revision, **safe_weights(base, revision, allow_pickled_weights)}
     model, report = AutoModelForImageTextToText.from_pretrained(
-        base, config=config, revision=revision, dtype=dtype, output_loading_info=True
+        base, config=config, output_loading_info=True, trust_remote_code=False, **options
     )
     if report["missing_keys"]:
         raise ValueError(
@@ -108,7 +113,7 @@ def load_base(base: str, dtype: str = "auto", revision: str | None = None) -> Pr
     return model.eval()
 
 
-def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+def load_adapter(model: PreTrainedModel, folder: str | Path, allow_pickled_weights: bool = False) -> PeftModel:
     """Put an adapter onto a model such that every tensor of its file lands, and none that it should have is missing.
 
     Adapters of older transformers load too: below 4.52 the parts of a Llava did not lie below `model.`, below 5 CLIP
@@ -119,11 +124,13 @@ def load_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     Args:
         model: the unquantised base; its layers are replaced in place.
         folder: as for `read_adapter_config`.
+        allow_pickled_weights: load an `adapter_model.bin`, too.
 
     Raises:
-        ValueError: missing, unexpected or wrongly shaped tensors, all listed.
+        ValueError: missing, unexpected or wrongly shaped tensors, all listed; or no safetensors.
     """
     config = read_adapter_config(folder)
+    safe_weights(folder, allow_pickled=allow_pickled_weights)
     tensors = {_todays_key(key): tensor for key, tensor in load_peft_weights(str(folder), device="cpu").items()}
     _match_todays_names(config, model, {key.partition(".lora_")[0] for key in tensors if ".lora_" in key})
     config.base_model_name_or_path = None  # peft would warn that it is renamed
@@ -166,9 +173,9 @@ def check_whole_modules(model: PreTrainedModel, folder: str | Path) -> None:
             logger.warning("%s: rounded from %s to the base's %s", name, tensor.dtype, rounded.dtype)
 
 
-def first_row(dataset_name: str, image_folder: str | None = None) -> dict:
+def first_row(dataset_name: str, image_folder: str | None = None, allow_external_images: bool = False) -> dict:
     """The first row with a picture, so that vision tower and projector are compared too; without any, the first."""
-    rows = load_rows(dataset_name, image_folder=image_folder)
+    rows = load_rows(dataset_name, image_folder=image_folder, allow_external_images=allow_external_images)
     return next((row for row in rows if row["images"]), rows[0])
 
 

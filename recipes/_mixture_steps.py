@@ -14,7 +14,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import chain, groupby
 from pathlib import Path
 from string import ascii_uppercase
@@ -23,7 +23,7 @@ from typing import IO
 
 from transformers import AutoTokenizer
 
-from collators.llava_json import parse_row
+from collators.llava_json import URL, parse_row
 from collators.row_shapes import MARKERS, BadRow, RowReader
 
 IMAGE = "<image>"
@@ -57,6 +57,10 @@ def draw(*key: int | str) -> int:
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest())
 
 
+def _place(image_prefix: str, picture: str) -> str:
+    return picture if URL.match(picture) else os.path.join(image_prefix, picture)
+
+
 def read_row(record: object, context: Context, *, image_prefix: str) -> Iterator[dict]:
     """Check a row as `collators.load_rows` does and bring it into the form that the steps take.
 
@@ -68,7 +72,7 @@ def read_row(record: object, context: Context, *, image_prefix: str) -> Iterator
         BadRow: `load_rows` would refuse the row, or it has another trainer's shape.
     """
     reader = RowReader("keep")  # one a row: which rows share a chunk must not matter
-    messages, images = parse_row(record, image_prefix, reader, is_file=bool)
+    messages, images = parse_row(record, reader, partial(_place, image_prefix))
     if "conversations" not in reader.shape.keys:
         found = " and ".join(map(repr, reader.shape.keys))
         raise BadRow(f"the keys {found}", "'conversations'", "Rewrite the row in LLaVA's shape: no other is mixed")
@@ -350,7 +354,7 @@ def encode_row(row: dict) -> bytes:
 @cache
 def load_tokenizer(name: str):
     """The tokenizer in a folder or of a hub id, loaded once a process."""
-    return AutoTokenizer.from_pretrained(name)
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def count_tokens(tokenizer: str, texts: list[str]) -> list[int]:

@@ -5,7 +5,7 @@ Data: none. A made-up picture and text run through the model to prove what was d
 Result: tested with tiny CLIP and SigLIP towers and Llama, Mistral and Qwen2 models; not measured yet at 7B.
 
     python recipes/build_llava.py --vision_tower openai/clip-vit-large-patch14-336 \
-        --language_model lmsys/vicuna-7b-v1.5 --output_dir outputs/llava-init
+        --language_model lmsys/vicuna-7b-v1.5 --allow_pickled_weights --output_dir outputs/llava-init
 """
 
 from dataclasses import dataclass
@@ -37,6 +37,7 @@ class BuildArguments:
     image_tag_format: str | None = HfArg(default=None, help="'<im_start>{}<im_end>': tokens put around each picture")
     chat_template: str = HfArg(default="vicuna_v1", help="one of collators/chat_templates/, or path to a .jinja file")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = HfArg(default="auto", help="auto: exact for both parts")
+    allow_pickled_weights: bool = HfArg(default=False, help="load weights that are no safetensors")
     seed: int = HfArg(default=42, help="of the projector and of the new embedding rows")
     overwrite: bool = HfArg(default=False, help="write into an output_dir that is not empty")
 
@@ -48,7 +49,7 @@ def make_parser() -> TrlParser:
 def make_tokenizer(options: BuildArguments):
     """Give the language model's tokenizer `<image>`, the words of the image tags, and a pad token if it has none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.language_model)
+        tokenizer = AutoTokenizer.from_pretrained(options.language_model, trust_remote_code=False)
     except (OSError, ValueError) as error:  # whose message may lack the name, or ask for tiktoken instead
         hint = "a tokenizer.model without tokenizer.json needs the packages sentencepiece and protobuf"
         raise OSError(f"{options.language_model}: no tokenizer could be loaded ({error}); {hint}") from error
@@ -65,7 +66,7 @@ def make_processor(options: BuildArguments, tower, tokenizer) -> LlavaProcessor:
     strategy = options.vision_feature_select_strategy or ("default" if extra else "full")
     if strategy == "default" and not extra:
         raise ValueError("vision_feature_select_strategy default would lose a patch: the tower has no CLS; pass full")
-    own = AutoImageProcessor.from_pretrained(options.vision_tower)
+    own = AutoImageProcessor.from_pretrained(options.vision_tower, trust_remote_code=False)
     image_processor = square_image_processor(options.image_aspect_ratio, tower.config.image_size, own)
     return LlavaProcessor(
         image_processor, tokenizer, tower.config.patch_size, strategy, num_additional_image_tokens=extra
@@ -78,7 +79,7 @@ def main(argv=None):
         raise FileExistsError(f"{options.output_dir} is not empty: choose another --output_dir or pass --overwrite")
     set_seed(options.seed)
     tokenizer = make_tokenizer(options)
-    parts = load_parts(options.vision_tower, options.language_model, options.dtype)
+    parts = load_parts(options.vision_tower, options.language_model, options.dtype, options.allow_pickled_weights)
     processor = make_processor(options, parts[0], tokenizer)
     name = options.chat_template
     processor.chat_template = (Path(name) if name.endswith(".jinja") else chat_template_path(name)).read_text("utf-8")
@@ -94,7 +95,7 @@ def main(argv=None):
     processor.save_pretrained(options.output_dir)
     projector, stops = model.model.multi_modal_projector, model.generation_config.eos_token_id
     del parts, model  # the check needs two copies of a 7B model, not three
-    parts = load_parts(options.vision_tower, options.language_model, options.dtype)
+    parts = load_parts(options.vision_tower, options.language_model, options.dtype, options.allow_pickled_weights)
     saved = check_saved(options.output_dir, *parts, projector).requires_grad_(False)
 
     rich.print(part_table(saved, {}))

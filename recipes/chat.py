@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from transformers import TextStreamer
 
 from _answers import add_arguments, answer, load_checkpoint
-from collators import load_image
+from collators import fetch_image, load_image
 
 
 def make_parser():
@@ -85,15 +85,16 @@ def make_message(role, text, pictures=0):
 
 def main(argv=None):
     args = make_parser().parse_args(argv)
-    model, processor = load_checkpoint(args.model, args.dtype, args.device)
+    model, processor = load_checkpoint(args.model, args.dtype, args.device, args.allow_pickled_weights)
     generation = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature}
+    fetch = fetch_image if args.allow_remote_images else None
     opening = [make_message("system", args.system)] if args.system else []
     messages, shown, waiting = opening, [], []
     for line in chain((f"/image {path}" for path in args.image), read_lines()):
         command, _, argument = line.partition(" ")
         if command == "/image":
             try:
-                waiting.append(load_image(os.path.expanduser(argument.strip())))
+                waiting.append(load_image(os.path.expanduser(argument.strip()), fetch))
             except (OSError, ValueError) as error:
                 note(f"no picture added: {error}")
         elif line == "/reset":

@@ -20,12 +20,10 @@ from pathlib import Path
 
 import rich
 from jinja2 import TemplateError
-from rich.markup import escape
 from rich.progress import track
-from rich.table import Table
 
-from _answers import MEASURES, add_arguments, answer, load_checkpoint, load_processor, score, summarise
-from collators import load_rows, read_row, rendered_placement
+from _answers import MEASURES, add_arguments, answer, load_checkpoint, load_processor, make_table, score, summarise
+from collators import fetch_image, load_rows, read_row, rendered_placement
 
 
 def make_parser():
@@ -36,6 +34,7 @@ def make_parser():
     parser.add_argument("--dataset_name", required=True, help="LLaVA JSON, or what else collators.load_rows takes")
     parser.add_argument("--dataset_test_split", default="test", help="the split to ask, if --dataset_name has several")
     parser.add_argument("--image_folder", help="where relative picture paths start; default: the JSON file's folder")
+    parser.add_argument("--allow_external_images", action="store_true", help="accept pictures outside of that folder")
     parser.add_argument("--placement", choices=["front", "keep"], help="default: as the checkpoint's template does")
     parser.add_argument("--limit", type=int, help="take the first rows only")
     parser.add_argument("--output", default="answers.jsonl", help="one JSON line a question")
@@ -66,15 +65,6 @@ def read_questions(rows, columns, image_token, placement):
             yield messages[:end], shown, record
 
 
-def make_table(summary):
-    measures = [measure for measure in MEASURES if summary[measure] is not None]
-    table = Table("", "questions", *(measure.replace("_", " ") for measure in measures))
-    for name, scores in [("all", summary), *summary.get("groups", {}).items()]:
-        shares = ["-" if scores[measure] is None else f"{scores[measure]:.1%}" for measure in measures]
-        table.add_row(escape(name), str(scores["questions"]), *shares)
-    return table
-
-
 def main(argv=None):
     args = make_parser().parse_args(argv)
     if args.batch_size < 1 or (args.limit is not None and args.limit < 1) or args.temperature < 0:
@@ -86,14 +76,15 @@ def main(argv=None):
     if output.exists() and not args.overwrite:
         raise FileExistsError(f"{output} exists: pass another --output, or --overwrite to replace it")
     placement = args.placement or rendered_placement(load_processor(args.model)) or "front"
-    options = {"image_folder": args.image_folder, "split": args.dataset_test_split, "placement": placement}
-    rows = load_rows(args.dataset_name, **options)
+    options = {name: getattr(args, name) for name in ("image_folder", "allow_external_images", "allow_remote_images")}
+    rows = load_rows(args.dataset_name, split=args.dataset_test_split, placement=placement, **options)
     rows = rows.select(range(len(rows))[: args.limit])
     columns = [column for column in (args.group_by, "source", "category") if column in rows.column_names]
     if args.group_by and args.group_by not in columns:
         raise ValueError(f"--group_by {args.group_by}: {args.dataset_name} has the columns {rows.column_names}")
-    model, processor = load_checkpoint(args.model, args.dtype, args.device)
+    model, processor = load_checkpoint(args.model, args.dtype, args.device, args.allow_pickled_weights)
     generation = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "num_beams")}
+    generation["fetch_image"] = fetch_image if args.allow_remote_images else None
     questions = read_questions(track(rows, "rows"), columns, processor.image_token, placement)
     records = []
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ then read back in a fresh process, must give the same logits to the last bit, an
 
 Needs memory for the base once (7B in bfloat16: 14 GB) and for the adapter, which is merged in place. The form of a
 projector goes by its name: `x.safetensors` ours, `x.bin` LLaVA's mm_projector.bin, `model.safetensors` xtuner's.
-Result: tested with tiny models on a CPU, where merged and adapter models answer alike; not run at 7B or on a GPU.
+Tested with tiny models on a CPU, where merged and adapter models answer alike; not run at 7B or on a GPU.
 """
 
 import argparse
@@ -48,9 +48,9 @@ def make_parser():
     parser.add_argument("--image_folder", help="where relative picture paths start; default: the JSON file's folder")
     parser.add_argument("--output_dir", required=True, help="new or empty folder for the checkpoint")
     parser.add_argument("--save_projector", help="write the merged projector alone, too, in the form of this name")
-    parser.add_argument(
-        "--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="auto: base"
-    )
+    parser.add_argument("--allow_external_images", action="store_true", help="accept pictures outside of that folder")
+    parser.add_argument("--allow_pickled_weights", action="store_true", help="load weights that are no safetensors")
+    parser.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16", "float16"], help="as base")
     parser.add_argument("--device", default="auto", help="auto: cuda if there is one, else cpu")
     parser.add_argument("--max_shard_size", default="5GB", help="of a weights file")
     parser.add_argument("--legacy_files", action="store_true", help="add what engines on transformers 4 read")
@@ -67,24 +67,24 @@ def main(argv=None):
     if args.projector and config and any("multi_modal_projector" in name for name in config.modules_to_save or []):
         raise ValueError(f"{args.adapter} brings the projector that it was trained with: drop --projector")
     output = clear_place(args.output_dir)
-    row = first_row(args.dataset_name, args.image_folder)
+    row = first_row(args.dataset_name, args.image_folder, args.allow_external_images)
     own_processor = args.adapter and list(Path(args.adapter).glob("*processor_config.json"))
     source = args.adapter if own_processor else base
     revision = None if args.base else config.revision
-    processor = AutoProcessor.from_pretrained(source, revision=None if own_processor else revision)
+    options = {"trust_remote_code": False, "revision": None if own_processor else revision}
+    processor = AutoProcessor.from_pretrained(source, **options)
 
-    model = load_base(base, args.dtype, revision)
+    model = load_base(base, args.dtype, revision, args.allow_pickled_weights)
     check_generation_config(model)
     size = sum(parameter.nbytes for parameter in model.parameters()) / 1e9
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if args.device == "auto" else args.device
-    print(f"{base}: {size:.3g} GB in memory ({model.dtype}), merged in place, and as much on disk")
-    print(f"{source}: processor and chat template")
+    device = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    print(f"{base}: {size:.3g} GB in memory ({model.dtype}), merged in place, as much on disk; processor: {source}")
     model.to(device)
     inputs = encode(processor, row, model)
     if args.projector:
         load_projector(model, args.projector)
     if args.adapter:
-        model = load_adapter(model, args.adapter)
+        model = load_adapter(model, args.adapter, args.allow_pickled_weights)
         adapted = compute_logits(model, inputs)
         with model.disable_adapter():
             plain = compute_logits(model, inputs)

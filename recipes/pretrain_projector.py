@@ -22,7 +22,8 @@ from _parts import train_only
 from _processor import prepare_processor
 from _projector import save_projector
 from _trainer import LlavaTrainer, stop_token_ids
-from collators import LlavaDataCollator, chat_template_path
+from _weights import safe_weights
+from collators import LlavaDataCollator, chat_template_path, fetch_image
 
 # LLaVA-1.5's stage 1 (arXiv:2310.03744, table 9): a global batch of 256 rows = 32 a device × 8 GPUs.
 RECIPE = dict(
@@ -52,16 +53,13 @@ def main(argv=None):
     if model_args.use_peft or model_args.load_in_4bit or model_args.load_in_8bit:
         raise ValueError("this recipe trains whole parts: drop --use_peft and --load_in_*bit, or take sft_qlora.py")
 
-    processor = AutoProcessor.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
+    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    processor = AutoProcessor.from_pretrained(model_args.model_name_or_path, **source)
     prepare_processor(processor, script_args, training_args)
     model = AutoModelForImageTextToText.from_pretrained(
         model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
+        **source,
+        **safe_weights(model_args.model_name_or_path, model_args.model_revision, script_args.allow_pickled_weights),
         attn_implementation=model_args.attn_implementation,
         dtype=model_args.dtype,
     )
@@ -75,6 +73,9 @@ def main(argv=None):
         max_images=script_args.max_images,
         placement=script_args.placement,
         overlong=script_args.overlong,
+        on_bad_row=script_args.on_bad_row,
+        skipped_rows=f"{training_args.output_dir}/skipped_rows.jsonl",
+        fetch_image=fetch_image if script_args.allow_remote_images else None,
         stop_token_ids=stop_token_ids(model, processor),
         pad_to_multiple_of=training_args.pad_to_multiple_of,
     )

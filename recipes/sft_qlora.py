@@ -6,8 +6,7 @@ Frozen: all else; language_model in 4-bit NF4, unless --load_in_4bit False. visi
         lm_head keep their dtype.
 Data:   LLaVA JSON conversations with pictures, without, or mixed; or a dataset with `messages` and `images`.
 
-    python recipes/sft_qlora.py --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name data/train.json \
-        --config recipes/qlora_24gb.yaml
+    python recipes/sft_qlora.py --model_name_or_path llava-hf/llava-1.5-7b-hf --dataset_name data/train.json
     accelerate launch recipes/sft_qlora.py --model_name_or_path llava-hf/llava-1.5-7b-hf --load_in_4bit False \
         --use_dora --dataset_name llava_v1_5_mix665k.json --image_folder images
 
@@ -23,7 +22,8 @@ from _arguments import LlavaScriptArguments, load_datasets, recipe_parser
 from _parts import adapter_config, add_adapters, quantised_loading
 from _processor import prepare_processor
 from _trainer import LlavaTrainer, stop_token_ids
-from collators import LlavaDataCollator
+from _weights import safe_weights
+from collators import LlavaDataCollator, fetch_image
 
 # LLaVA-1.5's LoRA values (its finetune_lora.sh): a global batch of 128 rows = 16 a device × 8 GPUs.
 RECIPE = dict(
@@ -66,16 +66,13 @@ def main(argv=None):
     if not model_args.use_peft:
         raise ValueError("this recipe trains adapters: drop --use_peft False, or take recipes/sft_full.py")
 
-    processor = AutoProcessor.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
-    )
+    source = {"revision": model_args.model_revision, "trust_remote_code": training_args.trust_remote_code}
+    processor = AutoProcessor.from_pretrained(model_args.model_name_or_path, **source)
     prepare_processor(processor, script_args, training_args)
     model = AutoModelForImageTextToText.from_pretrained(
         model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=training_args.trust_remote_code,
+        **source,
+        **safe_weights(model_args.model_name_or_path, model_args.model_revision, script_args.allow_pickled_weights),
         attn_implementation=model_args.attn_implementation,
         dtype=model_args.dtype,
         **quantised_loading(model_args, training_args),
@@ -96,6 +93,9 @@ def main(argv=None):
         max_images=script_args.max_images,
         placement=script_args.placement,
         overlong=script_args.overlong,
+        on_bad_row=script_args.on_bad_row,
+        skipped_rows=f"{training_args.output_dir}/skipped_rows.jsonl",
+        fetch_image=fetch_image if script_args.allow_remote_images else None,
         stop_token_ids=stop_token_ids(model, processor),
         pad_to_multiple_of=training_args.pad_to_multiple_of,
     )

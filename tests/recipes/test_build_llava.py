@@ -146,7 +146,9 @@ def test_checkpoints_in_the_layout_of_transformers_4(tmp_path):
     for part, weights in (("tower", old_vision), ("language_model", old_text)):
         (tmp_path / part / "model.safetensors").unlink()
         torch.save(weights, tmp_path / part / "pytorch_model.bin")
-    model, _ = load(build(tmp_path, tmp_path / "llava"))
+    with pytest.raises(ValueError, match=r"tower: found no model\.safetensors .*--allow_pickled_weights"):
+        build(tmp_path, tmp_path / "llava")
+    model, _ = load(build(tmp_path, tmp_path / "llava", "--allow_pickled_weights"))
     assert_same(model.model.vision_tower.state_dict(), vision)
     assert torch.equal(model.lm_head.weight[:476], text["lm_head.weight"])
 

@@ -675,11 +675,13 @@ def test_the_output_loads_and_finds_its_pictures(mix, tmp_path, linked):
         talk("Hi", "b"),
     ]
     mix(rows, image_folder="pictures", output="out/mix.jsonl")
-    loaded = load_rows("out/mix.jsonl")
+    with pytest.raises(ValueError, match="outside of .*--allow_external_images"):
+        load_rows("out/mix.jsonl")
+    loaded = load_rows("out/mix.jsonl", allow_external_images=True)
     assert [len(row["images"]) for row in loaded] == [1, 1, 2, 0]
     assert all(os.path.samefile(row["images"][0], "pictures/0.png") for row in (loaded[0], loaded[2]))
     assert loaded["source"] == ["vqa"] * 4 and loaded["id"] == [1, "2", None, None]
-    assert len(list(load_rows("out/mix.jsonl", streaming=True))) == 4
+    assert len(list(load_rows("out/mix.jsonl", streaming=True, allow_external_images=True))) == 4
 
 
 VALUES = st.sampled_from(["A", "<image>B", "<image>", "", 7])
