@@ -7,12 +7,10 @@ GPU has been measured.
 """
 
 import torch
-from bitsandbytes.nn import Linear4bit
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from _memory import GIB, MemoryPlan, predict_memory
+from _memory import GIB, MemoryPlan, predict_memory, quantise_on_paper
 from _parts import add_adapters, train_only
 from _trainer import LlavaSFTConfig
 
@@ -51,18 +49,8 @@ def make_model(recipe: str, size: str, rank: int = 128) -> torch.nn.Module:
     with torch.device("meta"):
         model = add_adapters(model, LoraConfig(r=rank, lora_dropout=0.05, use_dora=recipe.endswith("DoRA")))
     if recipe.startswith("Q"):
-        quantise(model)
+        quantise_on_paper(model)
     return model
-
-
-def quantise(model: torch.nn.Module) -> None:
-    """Put a not yet quantised NF4 layer under each adapter; `predict_memory` counts it as it will be."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            base = module.base_layer
-            module.base_layer = Linear4bit(
-                base.in_features, base.out_features, bias=False, quant_type="nf4", device="meta"
-            ).requires_grad_(False)
 
 
 def predict(

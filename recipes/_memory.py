@@ -11,7 +11,7 @@ from math import ceil
 from typing import Literal, get_args
 
 import torch
-from bitsandbytes.nn import Params4bit
+from bitsandbytes.nn import Linear4bit, Params4bit
 from peft.tuners.lora import LoraLayer
 from rich import box
 from rich.table import Table
@@ -187,6 +187,16 @@ def predict_memory(
         host=host,
         paged="paged" in args.optim,
     )
+
+
+def quantise_on_paper(model: nn.Module) -> None:
+    """Put a not yet quantised NF4 layer under each adapter of a model on the meta device, for `predict_memory`."""
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            base = module.get_base_layer()
+            module.base_layer = Linear4bit(
+                base.in_features, base.out_features, bias=base.bias is not None, quant_type="nf4", device="meta"
+            ).requires_grad_(False)
 
 
 def _gib(size: int | None) -> str:

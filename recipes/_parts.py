@@ -208,8 +208,8 @@ def numel(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", parameter.numel())  # ZeRO-3 leaves an empty tensor in its place
 
 
-def part_table(model: nn.Module, learning_rates: dict[str, float]) -> Table:
-    """Return a table of one row a part and a total: what trains, in which precision, at which learning rate.
+def list_parts(model: nn.Module, learning_rates: dict[str, float]) -> list[dict]:
+    """What trains of each part, in which precision, at which learning rate.
 
     A tied `lm_head` is counted once, a 4-bit tensor by the weights that it stands for, not by the bytes it takes; the
     untrained original that PEFT keeps beside a `modules_to_save` projector is not counted.
@@ -217,35 +217,54 @@ def part_table(model: nn.Module, learning_rates: dict[str, float]) -> Table:
     Args:
         model: any Llava class, bare or wrapped.
         learning_rates: peak learning rate of every part that has a trainable parameter.
-    """
-    # Fits into the 80 columns that rich assumes of a log file.
-    table = Table(title="Parts of the model", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    table.add_column("part", no_wrap=True)
-    for column in ("parameters", "trainable", "dtype", "quantised", "adapters", "learning\nrate"):
-        table.add_column(column, justify="right", no_wrap=column != "dtype")
 
+    Returns:
+        For each of `PARTS`: `part`, `parameters`, `trainable`, `dtype`, `quantised`, `adapters` (layers with one),
+        `learning_rate` (None where nothing trains).
+    """
     tuner_layers = [name for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    totals = [0, 0, 0]
+    parts = []
     for part in PARTS:
         parameters = [
             parameter
             for name, parameter in model.named_parameters()
             if part_of(name) == part and ".original_module." not in name
         ]
-        count = sum(numel(parameter) for parameter in parameters)
         trainable = sum(numel(parameter) for parameter in parameters if parameter.requires_grad)
-        adapters = sum(part_of(name) == part for name in tuner_layers)
-        table.add_row(
-            part,
-            _shorten(count),
-            _shorten(trainable),
-            ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in parameters if not _is_quantised(p)})),
-            _quantisation(parameters),
-            str(adapters),
-            f"{learning_rates[part]:g}" if trainable else "-",
+        dtypes = {str(p.dtype).removeprefix("torch.") for p in parameters if not _is_quantised(p)}
+        parts.append(
+            {
+                "part": part,
+                "parameters": sum(numel(parameter) for parameter in parameters),
+                "trainable": trainable,
+                "dtype": ", ".join(sorted(dtypes)),
+                "quantised": _quantisation(parameters),
+                "adapters": sum(part_of(name) == part for name in tuner_layers),
+                "learning_rate": learning_rates[part] if trainable else None,
+            }
         )
-        totals = [total + more for total, more in zip(totals, (count, trainable, adapters), strict=True)]
-    count, trainable, adapters = totals
+    return parts
+
+
+def part_table(model: nn.Module, learning_rates: dict[str, float]) -> Table:
+    """`list_parts` and a total, for a terminal."""
+    # Fits into the 80 columns that rich assumes of a log file.
+    table = Table(title="Parts of the model", box=box.SIMPLE_HEAD, show_edge=False, padding=0)
+    table.add_column("part", no_wrap=True)
+    for column in ("parameters", "trainable", "dtype", "quantised", "adapters", "learning\nrate"):
+        table.add_column(column, justify="right", no_wrap=column != "dtype")
+    parts = list_parts(model, learning_rates)
+    for part in parts:
+        table.add_row(
+            part["part"],
+            _shorten(part["parameters"]),
+            _shorten(part["trainable"]),
+            part["dtype"],
+            part["quantised"],
+            str(part["adapters"]),
+            "-" if part["learning_rate"] is None else f"{part['learning_rate']:g}",
+        )
+    count, trainable, adapters = (sum(part[n] for part in parts) for n in ("parameters", "trainable", "adapters"))
     table.add_section()
     table.add_row("total", _shorten(count), _shorten(trainable), "", "", str(adapters), "")
     table.caption = f"{trainable / count:.2%} of the parameters train"

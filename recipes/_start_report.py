@@ -3,7 +3,8 @@
 A file of its own beside `_trainer.py`: this is what a person reads, that is what trains.
 """
 
-from itertools import islice
+import copy
+from itertools import groupby, islice
 
 import numpy as np
 import torch
@@ -52,7 +53,7 @@ class StartReport(TrainerCallback):
             f"{accumulation} accumulated × {world} process(es); {state.max_steps} steps"
         )
         rows = list(islice(iter(trainer.train_dataset), ROWS))
-        batch = trainer.data_collator(rows)
+        batch = _quiet_collator(trainer)(rows)
         tokens, trained = int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORE_INDEX).sum())
         console.print(f"{trained / tokens:.1%} of the tokens of the first {len(rows)} rows carry loss; the first row:")
         kept = batch["attention_mask"][0].bool()
@@ -67,8 +68,9 @@ def plan_memory(trainer) -> list:
     """
     args, image_token = trainer.args, trainer.processing_class.image_token_id
     lengths, image_tokens, pictures, left_out = [], 0, 0, 0
+    collator = _quiet_collator(trainer)
     for row in sample_rows(trainer.train_dataset, DRY_RUN_ROWS):
-        batch = trainer.data_collator([row])
+        batch = collator([row])
         if not (batch["labels"] != IGNORE_INDEX).any():
             left_out += 1  # --overlong drop; what came back is a made-up row
             continue
@@ -104,6 +106,14 @@ def plan_memory(trainer) -> list:
     ]
 
 
+def _quiet_collator(trainer):
+    """The run's collator, which names no row as skipped before the run has begun."""
+    collator = copy.copy(trainer.data_collator)
+    if getattr(collator, "skipped_rows", None) is not None:
+        collator.skipped_rows = None
+    return collator
+
+
 def sample_rows(dataset, count: int) -> list[dict]:
     """`count` rows at even distances; of a stream the first ones."""
     if isinstance(dataset, IterableDataset):
@@ -112,28 +122,39 @@ def sample_rows(dataset, count: int) -> list[dict]:
     return [dataset[int(place)] for place in places]
 
 
-def mark_trained(processor, input_ids: torch.Tensor, labels: torch.Tensor) -> Text:
-    """Decode one row for a person: trained spans in green brackets, a run of image tokens as `<image>×576`.
+def token_spans(processor, input_ids: torch.Tensor, labels: torch.Tensor) -> list[tuple[str, str, int]]:
+    """Cut one row where it changes from prompt to trained to image tokens.
 
     Args:
         processor: The processor the ids come from.
         input_ids: `(seq,)`.
         labels: `(seq,)`, -100 where nothing trains.
+
+    Returns:
+        `("prompt" | "trained" | "image", decoded text, number of tokens)`; a run of image tokens has the text
+        `<image>` once.
     """
-    text, kinds = Text(), []
+    kinds = []
     for token, label in zip(input_ids.tolist(), labels.tolist(), strict=True):
-        kind = "trained" if label != IGNORE_INDEX else "context"
+        kind = "trained" if label != IGNORE_INDEX else "prompt"
         kinds.append("image" if token == processor.image_token_id else kind)
-    start = 0
-    for end in range(1, len(kinds) + 1):
-        if end < len(kinds) and kinds[end] == kinds[start]:
-            continue
+    spans, start = [], 0
+    for kind, run in groupby(kinds):
+        end = start + len(list(run))
         decoded = processor.tokenizer.decode(input_ids[start:end], skip_special_tokens=False)
-        if kinds[start] == "image":
-            text.append(f"{processor.image_token}×{end - start}", style="cyan")
-        elif kinds[start] == "trained":
+        spans.append((kind, processor.image_token if kind == "image" else decoded, end - start))
+        start = end
+    return spans
+
+
+def mark_trained(processor, input_ids: torch.Tensor, labels: torch.Tensor) -> Text:
+    """`token_spans` for a terminal: trained spans in green brackets, a run of image tokens as `<image>×576`."""
+    text = Text()
+    for kind, decoded, tokens in token_spans(processor, input_ids, labels):
+        if kind == "image":
+            text.append(f"{decoded}×{tokens}", style="cyan")
+        elif kind == "trained":
             text.append(f"[{decoded}]", style="bold green")
         else:
             text.append(decoded, style="dim")
-        start = end
     return text
