@@ -1,4 +1,7 @@
-"""`LlavaTrainer`, the one `SFTTrainer` subclass; each override names the upstream defect that it mends."""
+"""`LlavaTrainer`, the one `SFTTrainer` subclass; each override names the upstream defect that it mends.
+
+Kills, full disks, dead workers and the like are `_faults.py`'s, which is called from here.
+"""
 
 import contextlib
 import logging
@@ -18,7 +21,18 @@ from safetensors.torch import load_file
 from trl import SFTConfig, SFTTrainer
 
 from _distributed import prepare_for_processes
+from _faults import (
+    LoaderCollator,
+    StopConditions,
+    check_data,
+    check_finite,
+    choose_checkpoint,
+    explained_save,
+    explained_worker_death,
+    lone_run,
+)
 from _parts import PARTS, find_part, list_misfits, part_of
+from _preflight import preflight
 from _start_report import StartReport, Stop, plan_memory
 
 logger = logging.getLogger(__name__)
@@ -26,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class LlavaSFTConfig(SFTConfig):
-    """`SFTConfig` with a learning rate for each part of a LLaVA, and a dry run."""
+    """`SFTConfig` with a learning rate for each part of a LLaVA, and what a run needs before it starts or resumes."""
 
     projector_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of the projector. Default: --learning_rate."}
@@ -36,6 +50,16 @@ class LlavaSFTConfig(SFTConfig):
     )
     dry_run: bool = field(
         default=False, metadata={"help": "Do all up to the first step, print what would train, and stop."}
+    )
+    skip_preflight: bool = field(
+        default=False, metadata={"help": "Start without a look at the first rows and the model."}
+    )
+    allow_changed_data: bool = field(
+        default=False, metadata={"help": "Resume although the training data is not that of the checkpoint."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={"help": "Put the mean loss in the place of NaN in logs. Without effect: a NaN loss ends the run."},
     )
 
 
@@ -96,23 +120,45 @@ class LlavaTrainer(SFTTrainer):
         for name, master in masters.items():
             trained[name].data = master
         self._without_gradient = set(trained)
+        self._row_numbers = []  # of the batches since the last optimizer step
         self._rates = self._part_learning_rates()
         tower = find_part(self.model, "vision_tower")
         tower.forward = types.MethodType(_forward_without_needless_gradients, tower)
         prepare_for_processes(self)
         # First of all, so that a dry run stops before a tracker starts a run of its own.
         self.callback_handler.callbacks.insert(0, StartReport(self))
+        self._stop_conditions = StopConditions(self)
+        self.add_callback(self._stop_conditions)
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs):
-        """As `Trainer.train`; "True" (from a command line) or "last" means the newest checkpoint that is complete."""
-        if str(resume_from_checkpoint).lower() in ("true", "last"):
-            resume_from_checkpoint = _last_complete_checkpoint(self.args.output_dir)
-        elif str(resume_from_checkpoint).lower() == "false":
-            resume_from_checkpoint = None
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        """As `Trainer.train`, guarded against what befalls a run (docs/interrupted_runs.md).
+
+        Args:
+            resume_from_checkpoint: A checkpoint. True, "True" (from a command line) or "last": the newest complete
+                one.
+            **kwargs: As for `Trainer.train`.
+
+        Raises:
+            ValueError: The checkpoint is not complete (`_faults.choose_checkpoint`); it was trained on other data
+                (`_faults.check_data`); the first rows or the model have errors (`_preflight.preflight`); another run
+                writes to the output folder (`_faults.lone_run`); a loss or a gradient is not finite
+                (`_faults.check_finite`); or too many rows were skipped (`_faults.StopConditions`).
+            OSError: A checkpoint could not be written (`_faults.explained_save`).
+            SystemExit: SIGTERM came; a checkpoint has been saved.
+        """
+        output_dir, is_main = self.args.output_dir, self.is_world_process_zero()
+        checkpoint = choose_checkpoint(resume_from_checkpoint, output_dir, log=is_main)
+        with lone_run(output_dir, is_main=is_main), self._stop_conditions.listening(), explained_worker_death():
+            check_data(self, checkpoint)
+            if not self.args.skip_preflight:
+                preflight(self)
+            self._row_numbers.clear()
+            return super().train(resume_from_checkpoint=checkpoint, **kwargs)
 
     def dry_run(self) -> None:
         """Do what `train` does before its first step, resuming left out, and print what would train; write nothing."""
+        if not self.args.skip_preflight:
+            preflight(self)
         plan = plan_memory(self) if self.is_world_process_zero() else []
         with contextlib.suppress(Stop):
             super().train()
@@ -138,6 +184,38 @@ class LlavaTrainer(SFTTrainer):
                     "so they get no gradient; freeze them, or take them out of the adapter's target modules"
                 )
         return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """As `SFTTrainer.compute_loss`; a training loss that is not finite is an error before the backward pass.
+
+        Trainer makes the step all the same, and hides the loss from the log (`logging_nan_inf_filter`, 5.23).
+        """
+        rows = inputs.pop("row_numbers", None)
+        result = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if self.model.training:
+            self._row_numbers.append(rows)
+            check_finite(self, result[0] if return_outputs else result, "the loss", [rows])
+        return result
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        """As `Trainer._get_grad_norm`; a norm that is not finite is an error before the optimizer's step (as above).
+
+        Not under fp16, whose scaler finds its scale by such norms and skips their steps, nor under DeepSpeed, which
+        has made its step by now.
+        """
+        norm = super()._get_grad_norm(model, grad_norm)
+        if self.accelerator.scaler is None and not self.is_deepspeed_enabled:
+            check_finite(self, norm, "the norm of the gradient", self._row_numbers)
+        self._row_numbers.clear()
+        return norm
+
+    def _get_dataloader(self, *args, **kwargs):
+        """As `Trainer._get_dataloader`; batches come with the numbers of their rows (`_faults.LoaderCollator`)."""
+        collator, self.data_collator = self.data_collator, LoaderCollator(self.data_collator)
+        try:
+            return super()._get_dataloader(*args, **kwargs)
+        finally:
+            self.data_collator = collator
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Split off parameter groups for parts with a learning rate of their own; the others stay first.
@@ -185,12 +263,6 @@ class LlavaTrainer(SFTTrainer):
         """
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if not any((Path(resume_from_checkpoint) / name).is_file() for name in ("optimizer.pt", "optimizer.bin")):
-            raise ValueError(
-                f"{resume_from_checkpoint} holds no optimizer state (cut short while it was written, or written with "
-                "--save_only_model), so a resumed run would differ in silence. Take an older one; to start a new run "
-                "from a --save_only_model checkpoint pass it as --model_name_or_path."
-            )
         self._load_weights(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
@@ -198,6 +270,19 @@ class LlavaTrainer(SFTTrainer):
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:
             return super()._load_best_model()
         self._load_weights(self.state.best_model_checkpoint)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """As `SFTTrainer._save_checkpoint`; an error says what to do, and takes the unfinished folder away."""
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        with explained_save(self, folder, unfinished=True):
+            super()._save_checkpoint(model, trial)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As `Trainer.save_model`; an error says what to do."""
+        if _internal_call:  # by `_save_checkpoint`
+            return super().save_model(output_dir, _internal_call)
+        with explained_save(self, output_dir or self.args.output_dir, unfinished=False):
+            super().save_model(output_dir, _internal_call)
 
     def _save_rng_state(self, output_dir: str) -> None:
         """As `Trainer._save_rng_state`, then wait: next comes `trainer_state.json`, the mark that all have saved."""
@@ -220,20 +305,6 @@ def _forward_without_needless_gradients(self, *args, **kwargs):
     trains = any(parameter.requires_grad for parameter in self.parameters())
     with torch.set_grad_enabled(torch.is_grad_enabled() and trains):
         return type(self).forward(self, *args, **kwargs)
-
-
-def _last_complete_checkpoint(output_dir: str) -> str:
-    """The newest checkpoint with a `trainer_state.json`, which is written last; newer ones are named in the log."""
-    numbered = sorted(
-        (int(folder.name.rpartition("-")[2]), folder)
-        for folder in Path(output_dir).glob("checkpoint-*")
-        if folder.name.rpartition("-")[2].isdigit()
-    )
-    for _, folder in reversed(numbered):
-        if (folder / "trainer_state.json").is_file():
-            return str(folder)
-        logger.warning("%s is not complete (a save was cut short); resuming from an older one", folder)
-    raise ValueError(f"--resume_from_checkpoint: {output_dir} holds no complete checkpoint; start without the flag")
 
 
 def load_weights(model: torch.nn.Module, folder: str | os.PathLike) -> None:

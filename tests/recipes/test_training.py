@@ -517,7 +517,7 @@ def test_adapters_are_refused(recipe, flag, base, data, tmp_path):
         (["--eval_strategy", "steps"], "--eval_strategy steps: .*--eval_dataset_name"),
         (["--resume_from_checkpoint", "last"], "holds no complete checkpoint; start without the flag"),
         (["--dataset_streaming", "True"], "pass --max_steps"),
-        (["--max_length", "8"], "row 0: .* not even the first exchange fits"),
+        (["--max_length", "8"], r"row 0 \(id 0\): .* not even the first exchange fits"),
     ],
 )
 def test_run_errors_say_what_to_pass(flags, message, base, data, tmp_path):
