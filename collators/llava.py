@@ -50,7 +50,7 @@ FORMATS = [
     for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
     if name in Image.OPEN  # AVIF depends on how Pillow was built
 ]
-# Pillow 12 answers damaged bytes with each of these: AVIF with RuntimeError, EXIF with struct.error and TypeError.
+# Pillow 13 answers damaged bytes with each of these: AVIF with RuntimeError, EXIF with struct.error and TypeError.
 UNDECODABLE = (
     *(OSError, SyntaxError, ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, EOFError),
     *(struct.error, Image.DecompressionBombError),
@@ -89,10 +89,13 @@ def load_image(source: Any, fetch: Callable[[str], bytes] | None = None) -> Imag
             cannot be fetched. The message names the path. A `PIL.Image` that could not be decoded is closed, since
             Pillow may decode the same object to black at the second try.
         TypeError: `source` is none of the accepted types.
+        OSError: The machine cannot read the file (permissions, too many open files, a disk error): no fault of a row.
     """
     data, name = source, "picture in memory"
     if isinstance(source, Mapping):
         data, name = source.get("bytes") or source.get("path"), source.get("path") or name
+        if source.get("bytes") and not isinstance(data, bytes):  # a string there would be opened as a path
+            raise TypeError(f"{name}: expected bytes in 'bytes', found {type(data).__name__}")
     if isinstance(data, str | Path):
         name = str(data)
         if re.match(r"[a-z][a-z0-9+.-]+://", name, re.IGNORECASE):
@@ -109,6 +112,8 @@ def load_image(source: Any, fetch: Callable[[str], bytes] | None = None) -> Imag
             f"{name}: expected a path, bytes, a PIL image or a bytes/path dict, found {type(data).__name__}"
         )
     try:
+        if isinstance(data, str | Path):
+            data = _read_whole(name)
         image = data if isinstance(data, Image.Image) else Image.open(data, formats=FORMATS)
         image.load()
         image = _turn_upright(image, name)
@@ -126,9 +131,23 @@ def load_image(source: Any, fetch: Callable[[str], bytes] | None = None) -> Imag
     except FileNotFoundError:
         raise FileNotFoundError(f"{name}: no such picture; check the path and --image_folder") from None
     except UNDECODABLE as error:
+        # Pillow's own have no number, except of an open image, which asks its file for what a damaged header says.
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(data, Image.Image):
+            raise OSError(error.errno, f"{error.strerror}: the picture cannot be read", name) from error
         if isinstance(data, Image.Image):
             data.close()
         raise ValueError(f"{name}: the picture cannot be decoded ({error}). Repair or remove it.") from error
+
+
+def _read_whole(path: str) -> io.BytesIO:
+    """Read a file before Pillow does, which would ask it for as many bytes as a damaged header says, and from where.
+
+    That is a MemoryError, or an OSError that looks like one of the disk.
+    """
+    if os.path.exists(path) and not os.path.isfile(path):  # a device may have no end
+        raise ValueError("not a file")
+    with open(path, "rb") as file:
+        return io.BytesIO(file.read())
 
 
 def _turn_upright(image: Image.Image, name: str) -> Image.Image:
@@ -538,13 +557,9 @@ class LlavaDataCollator:
 
 def append_line(path: str | Path, record: Mapping[str, Any]) -> None:
     """Append a JSON line to a file that other processes append to as well; the file and its folder are made."""
-    line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(file, line.encode("utf-8", "backslashreplace"))  # at once, so that no other line comes between
-    finally:
-        os.close(file)
+    with open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+        file.write(json.dumps(record, ensure_ascii=False, default=str) + "\n")  # at once: no other comes between
 
 
 def rendered_placement(processor, chat_template: str | None = None) -> str | None:
@@ -616,7 +631,8 @@ def read_row(row: Mapping[str, Any], image_token: str, *, placement: str = "fron
     count = sum(part["type"] == "image" for message in messages for part in message["content"])
     if sources and not count and strings:
         first = messages[roles.index("user")]
-        first["content"] = [{"type": "image"}] * len(sources) + first["content"]
+        texts = [part for part in first["content"] if part["text"]]
+        first["content"] = [{"type": "image"}] * len(sources) + texts
         count = len(sources)
     if count != len(sources):
         raise ValueError(

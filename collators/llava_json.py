@@ -136,7 +136,8 @@ def load_rows(
         placement: what the collator is given: `"front"` if pictures go before a turn's text, `"keep"` if they stay
             where they stand in it. Datasets that have `messages` already pass through unchanged with both.
         on_bad_row: `"raise"`: rows that cannot be used are an error. `"skip"`: they are left out, unless they are more
-            than one in a hundred; of a dataset that passes through, the collator judges.
+            than one in a hundred, and a warning says how many. Of a dataset that passes through the collator judges;
+            of a stream nobody knows how many rows there are, so it has no such limit.
         skipped_rows: a file that gets a JSON line (`row`, `id`, `reason`) for each row left out.
         allow_external_images: accept pictures of a JSON file outside of `image_folder` (absolute paths, `..`, symbolic
             links out of it), and datasets that hold paths. Rows from elsewhere could name any file of this machine.
@@ -200,7 +201,7 @@ class PictureFolder:
         self.folder = folder
         self.allow_external = allow_external
         self.allow_remote = allow_remote
-        self._listed: dict[str, dict[str, bool]] = {}
+        self._listed: dict[str, tuple[dict[str, bool], bool]] = {}
         self._root = os.path.realpath(folder)
 
     def __call__(self, picture: str) -> str:
@@ -210,27 +211,26 @@ class PictureFolder:
             BadRow: it is not there, or where it may not be.
         """
         if URL.match(picture):
-            if not self.allow_remote:
+            if not (self.allow_remote and picture.lower().startswith(("http://", "https://"))):
                 raise BadRow(
                     f"the URL {picture[:200]}",
                     "the path of a picture",
-                    "Download it and name the file, or pass --allow_remote_images",
+                    "Download it and name the file, or pass --allow_remote_images for http and https",
                 )
             return picture
         path = os.path.join(self.folder, picture)
         folder, name = os.path.split(path)
         if folder not in self._listed:
-            self._listed[folder] = self._list(folder)
-        inside = self._listed[folder].get(name)
-        if inside is None:  # the disk may ignore case where names differ in it
-            if "\0" in path or not os.path.isfile(path):
-                raise BadRow(
-                    f"no picture file at {path}",
-                    "an existing file",
-                    f"Correct the path or --image_folder ({self.folder})",
-                )
-            inside = self._is_inside(path)
-        if not (inside or self.allow_external):
+            self._listed[folder] = self._list(folder), self._is_inside(folder)
+        files, inside = self._listed[folder]
+        is_link = files.get(name, True)  # what is not listed may be there: a disk can ignore case
+        if name not in files and ("\0" in path or not os.path.isfile(path)):
+            raise BadRow(
+                f"no picture file at {path}",
+                "an existing file",
+                f"Correct the path or --image_folder ({self.folder})",
+            )
+        if not (self.allow_external or (self._is_inside(path) if is_link else inside)):
             raise BadRow(
                 f"the picture {path} outside of {self.folder}",
                 "pictures in --image_folder",
@@ -239,16 +239,16 @@ class PictureFolder:
         return path
 
     def _list(self, folder: str) -> dict[str, bool]:
-        """Names of the files in a folder, and whether each really lies below `self.folder`."""
+        """Names of the files in a folder, and whether each is a link."""
         try:
             with os.scandir(folder) as entries:
-                files = [entry for entry in entries if entry.is_file()]
+                return {entry.name: entry.is_symlink() for entry in entries if entry.is_file()}
         except (OSError, ValueError):
             return {}
-        inside = self._is_inside(folder)
-        return {file.name: self._is_inside(file.path) if file.is_symlink() else inside for file in files}
 
     def _is_inside(self, path: str) -> bool:
+        if "\0" in path:
+            return False
         return os.path.join(os.path.realpath(path), "").startswith(os.path.join(self._root, ""))
 
 
@@ -266,8 +266,9 @@ class Source(NamedTuple):
 def _load_file(source: Source, split: str) -> Dataset:
     path, find = source.path, source.find
     stamp = _stamp(path)
-    policy = (source.placement, source.skip, find.allow_external, find.allow_remote)
-    cache = _cache_file(Hasher.hash((CACHE_FORMAT, path, find.folder, policy, stamp)))
+    # What is left out depends on what is allowed; where nothing is, what is allowed now is checked below.
+    policy = source.skip and (find.allow_external, find.allow_remote)
+    cache = _cache_file(Hasher.hash((CACHE_FORMAT, path, find.folder, source.placement, policy, stamp)))
     skipped = cache.with_suffix(".skipped.jsonl")
     with FileLock(f"{cache}.lock"):
         cached = cache.exists()
@@ -329,7 +330,7 @@ def _name_skipped(source: Source, lines: list[str]) -> None:
     """Add what `skipped_rows` does not say yet: each slice of a file, and each pass, leaves out the same rows."""
     file = source.skipped_rows
     if file is not None:
-        known = Path(file).read_text("utf-8").split("\n") if os.path.exists(file) else []
+        known = set(Path(file).read_text("utf-8").split("\n")) if os.path.exists(file) else set()
         _write_lines(file, [line for line in lines if line not in known], "a")
 
 
@@ -405,12 +406,12 @@ def _check(source: Source, types: dict[str, set[type]], features: Features, skip
 
 
 def _refuse_many(bad: int, rows: int, errors: list[str]) -> None:
+    """Raise if there are too many rows to skip; else say how many are left out."""
     if bad > MAX_BAD_SHARE * rows:
-        error = _cannot_use(bad, f"{rows}", errors)
-        error.add_note(
-            f"That is more than {MAX_BAD_SHARE:.0%} of the rows, the most that on_bad_row='skip' leaves out."
-        )
-        raise error
+        most = f"That is more than {MAX_BAD_SHARE:.0%} of the rows, the most that on_bad_row='skip' leaves out."
+        raise ValueError(f"{_cannot_use(bad, f'{rows}', errors)}\n{most}")
+    if bad:
+        warnings.warn(f"{bad} of {rows} rows are left out (on_bad_row='skip'): {'; '.join(errors)}", stacklevel=2)
 
 
 def _skipped(path: str, row: int, record: object, error: BadRow) -> str:
@@ -691,8 +692,9 @@ def _load_dataset(
         shape = None
     columns = [name for name in ("images", "image") if name in features]
     column = columns[0] if columns else None
-    if columns:
-        features.update({name: _undecoded(features[name]) for name in columns})
+    undecoded = _undecoded(dict(features))
+    if undecoded != dict(features):
+        features.update(undecoded)
         if streaming:
             rows = rows.cast(features)
         else:
@@ -700,7 +702,7 @@ def _load_dataset(
             info = rows.info.copy()
             info.features = features
             rows = Dataset(rows.data, info=info, split=rows.split)
-    if not allow_paths and not _is_own_folder(rows, path):
+    if not allow_paths:
         rows = _without_paths(rows, path, columns)
     if column != "images" or not isinstance(features["images"], List | LargeList):
         images = features.pop(column, Value("string"))
@@ -711,46 +713,64 @@ def _load_dataset(
     return rows if shape is None else _read_messages(rows, shape, source, streaming)
 
 
-def _is_own_folder(rows: Dataset | IterableDataset, path: str) -> bool:
-    """Whether the pictures are files that `datasets` itself found in the folder; a saved dataset could just say so."""
-    return rows.info.builder_name == "imagefolder" and not _is_saved(path)
-
-
 def _without_paths(rows: Dataset | IterableDataset, path: str, columns: list[str]) -> Dataset | IterableDataset:
-    """Refuse pictures that are paths, or that have a path in place of bytes."""
+    """Refuse pictures that are paths, or that have a path in place of bytes.
+
+    The files that `datasets` itself found for an image folder, in its column `image`, have to lie in that folder, or
+    come from the hub. A saved dataset could just say that it was one.
+    """
+    find = None
+    if rows.info.builder_name == "imagefolder" and "image" in columns and not _is_saved(path):
+        columns = [name for name in columns if name != "image"]
+        find = PictureFolder(os.path.abspath(path)) if os.path.isdir(path) else None
     if not isinstance(rows, Dataset):
-        return rows.map(partial(_refuse_paths, path, columns), features=rows.features)
+        return rows.map(partial(_refuse_paths, path, columns, find), features=rows.features)
     for column in columns:
         if any(map(_has_path, rows.data[column].chunks)):
             raise _found_paths(path, column)
+    if find is not None:
+        for image in rows.data["image"].combine_chunks().field("path").to_pylist():
+            _refuse_outside(path, find, image)
     return rows
 
 
-def _refuse_paths(path: str, columns: list[str], row: dict) -> dict:
+def _refuse_paths(path: str, columns: list[str], find: Callable[[str], str] | None, row: dict) -> dict:
     for column in columns:
         images = row[column] if isinstance(row[column], list) else [row[column]]
         for image in images:
             if isinstance(image, str) or (isinstance(image, dict) and image.get("path") and not image.get("bytes")):
                 raise _found_paths(path, column)
+    if find is not None and not row["image"].get("bytes"):
+        _refuse_outside(path, find, row["image"]["path"])
     return row
+
+
+def _refuse_outside(path: str, find: Callable[[str], str], picture: str | None) -> None:
+    try:
+        if picture is not None:
+            find(picture)
+    except BadRow as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _has_path(pictures: pa.Array) -> bool:
     """As `_refuse_paths`, without reading a picture."""
-    while pa.types.is_list(pictures.type) or pa.types.is_large_list(pictures.type):
-        ends = pictures.offsets
-        pictures = pictures.values[ends[0].as_py() : ends[-1].as_py()]
+    while any(kind(pictures.type) for kind in (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)):
+        pictures = pc.list_flatten(pictures)
     if not pa.types.is_struct(pictures.type):
-        is_bytes = pa.types.is_binary(pictures.type) or pa.types.is_large_binary(pictures.type)
-        return not is_bytes and pictures.null_count < len(pictures)
-    names = {field.name for field in pictures.type}
-    if "path" not in names:
+        return not _is_binary(pictures.type) and pictures.null_count < len(pictures)
+    fields = {field.name: field.type for field in pictures.type}
+    if "path" not in fields:
         return False
     paths = pc.struct_field(pictures, "path")
-    if "bytes" in names:
-        sizes = pc.binary_length(pc.struct_field(pictures, "bytes").cast(pa.large_binary()))
+    if _is_binary(fields.get("bytes")):
+        sizes = pc.binary_length(pc.struct_field(pictures, "bytes"))
         paths = paths.filter(pc.fill_null(pc.equal(sizes, 0), True))
     return paths.null_count < len(paths)
+
+
+def _is_binary(kind: pa.DataType | None) -> bool:
+    return kind is not None and (pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _found_paths(path: str, column: str) -> ValueError:
@@ -884,6 +904,9 @@ def _read_batch(source: Source, reader: RowReader, pictures: np.ndarray, batch: 
 
 
 def _undecoded(feature):
+    """Pictures anywhere in a row stay bytes and path: `datasets` would open each as the row is read."""
+    if isinstance(feature, dict):
+        return {name: _undecoded(part) for name, part in feature.items()}
     if isinstance(feature, Image):
         return replace(feature, decode=False)
     return replace(feature, feature=_undecoded(feature.feature)) if isinstance(feature, List | LargeList) else feature

@@ -74,7 +74,6 @@ def load_checkpoint(
         return AutoModelForImageTextToText.from_pretrained(path, **options, **weights).to(device), processor
     config = PeftConfig.from_pretrained(path)
     name, revision = config.base_model_name_or_path, config.revision
-    weights = safe_weights(name, revision, allow_pickled_weights)
     base = AutoModelForImageTextToText.from_pretrained(name, revision=revision, **options, **weights)
     return PeftModel.from_pretrained(base, path).eval().to(device), processor
 

@@ -7,6 +7,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 LEVELS = ("error", "warning", "note")
+# Of a row that cannot be used at all, which --on_bad_row skip leaves out.
+UNUSABLE = frozenset({"unusable-row", "picture-unreadable", "too-long", "too-many-pictures"})
 EXAMPLES = 5  # kept of each kind
 
 
@@ -45,7 +47,7 @@ class Findings:
             expected: what instead; the same words for all of the same kind.
             remedy: what to do.
         """
-        if self.skips_rows and level == "error" and place.row is not None:
+        if self.skips_rows and code in UNUSABLE and level == "error" and place.row is not None:
             level = "warning"
         kind = (LEVELS.index(level), code, expected, remedy.removesuffix("."))
         self._counts[kind] += 1

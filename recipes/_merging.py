@@ -130,7 +130,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, allow_pickled_weigh
         ValueError: missing, unexpected or wrongly shaped tensors, all listed; or no safetensors.
     """
     config = read_adapter_config(folder)
-    safe_weights(folder, allow_pickled=allow_pickled_weights)
+    safe_weights(folder, allow_pickled=allow_pickled_weights, with_base=False)  # `load_base` loads that
     tensors = {_todays_key(key): tensor for key, tensor in load_peft_weights(str(folder), device="cpu").items()}
     _match_todays_names(config, model, {key.partition(".lora_")[0] for key in tensors if ".lora_" in key})
     config.base_model_name_or_path = None  # peft would warn that it is renamed

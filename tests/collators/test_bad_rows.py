@@ -116,7 +116,8 @@ def test_a_bad_row_raises_unless_told(fault):
     assert str(error.value).startswith(reason)
 
 
-def test_the_row_in_its_place(tmp_path):
+def test_the_row_in_its_place(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     collator = make_collator(on_bad_row="skip")
     batch = collator([BAD["form"][0], BAD["picture"][0]])
     decoded = collator.processor.tokenizer.batch_decode(batch["input_ids"])
@@ -211,7 +212,7 @@ def test_workers_share_one_file(tmp_path):
     """One pass names each row once, and no line comes between the halves of another."""
     file = tmp_path / "skipped.jsonl"
     collator = make_collator(on_bad_row="skip", skipped_rows=file)
-    loader = DataLoader(Rows(), 4, collate_fn=collator, num_workers=2, multiprocessing_context="spawn")
+    loader = DataLoader(Rows(), 4, collate_fn=collator, num_workers=2, multiprocessing_context="fork")
     assert [(batch["labels"] != -100).any(1).tolist() for batch in loader] == [[True, False] * 2] * 15
     found = lines(file)
     assert sorted(line["row"] for line in found) == list(range(1, 60, 2))
@@ -294,7 +295,8 @@ def test_a_picture_that_goes_missing_takes_its_row_along(folder, tmp_path):
 def test_more_than_one_in_a_hundred_is_an_error(folder, tmp_path, count):
     path = write(folder / "train.json", hundreds({3: NO_ANSWER, 50: NO_ANSWER}, count))
     if count == 200:
-        assert len(load_rows(path, on_bad_row="skip")) == 198
+        with pytest.warns(UserWarning, match=r"2 of 200 rows are left out .*row 3 \(id 'q'\)"):
+            assert len(load_rows(path, on_bad_row="skip")) == 198
         return
     with pytest.raises(ValueError) as error:
         load_rows(path, on_bad_row="skip", skipped_rows=tmp_path / "out.jsonl")
@@ -302,8 +304,6 @@ def test_more_than_one_in_a_hundred_is_an_error(folder, tmp_path, count):
         "2 of 199 rows cannot be used:",
         f"{path}, row 3 (id 'q'): {ORDER}",
         f"{path}, row 50 (id 'q'): {ORDER}",
-    ]
-    assert error.value.__notes__ == [
         "That is more than 1% of the rows, the most that on_bad_row='skip' leaves out.",
     ]
     assert not (tmp_path / "out.jsonl").exists()
@@ -493,7 +493,7 @@ def test_a_link_to_itself_hides_no_other_picture(folder):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("url", ["http://example.com/a.png", "HTTPS://EXAMPLE.COM/A.PNG", "file:///etc/passwd"])
+@pytest.mark.parametrize("url", ["http://example.com/a.png", "HTTPS://EXAMPLE.COM/A.PNG"])
 def test_a_url_is_refused_or_fetched(folder, url, streaming):
     path = write(folder / "train.json", [talk("<image>", url, id=1)])
     with pytest.raises(ValueError) as error:
@@ -681,3 +681,74 @@ def test_damaged_pictures_raise_one_kind_of_error():
             except ValueError:
                 broken += 1
     assert broken > 300
+
+
+# What a data set could smuggle in
+
+
+@pytest.fixture
+def secret(tmp_path):
+    path = tmp_path / "outside" / "secret.png"
+    path.parent.mkdir()
+    picture("blue").save(path)
+    return path
+
+
+@pytest.mark.parametrize("scheme", ["file", "s3", "ftp"])
+def test_only_http_urls_may_be_remote(folder, scheme):
+    path = write(folder / "train.json", [talk("<image>", f"{scheme}://host/a.png")])
+    with pytest.raises(ValueError, match=rf"the URL {scheme}://host/a\.png"):
+        load_rows(path, allow_remote_images=True)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_string_in_place_of_bytes_is_no_path(secret, tmp_path, streaming):
+    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    table = pa.table({"messages": [said], "images": [[{"bytes": str(secret)}]]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    row = next(iter(load_rows(tmp_path / "rows.parquet", streaming=streaming)))
+    with pytest.raises(TypeError, match="expected bytes in 'bytes', found str"):
+        make_collator()([row])
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_no_other_column_is_opened(secret, tmp_path, streaming):
+    """`datasets` decodes a column of pictures as its row is read, whatever the path in it names."""
+    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    turn = {"role": Value("string"), "content": Value("string")}
+    features = Features({"messages": List(turn), "images": List(datasets.Image()), "photo": datasets.Image()})
+    columns = {"messages": [said], "images": [[]], "photo": [{"bytes": None, "path": str(secret)}]}
+    pq.write_table(pa.table(columns, schema=features.arrow_schema), tmp_path / "rows.parquet")
+    row = next(iter(load_rows(tmp_path / "rows.parquet", streaming=streaming)))
+    assert row["photo"] == {"bytes": None, "path": str(secret)}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("how", ["linked", "metadata"])
+def test_an_image_folder_stays_in_its_folder(secret, tmp_path, how, streaming):
+    folder = tmp_path / "shots"
+    folder.mkdir()
+    picture().save(folder / "a.png")
+    said = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+    record = {"file_name": "a.png", "messages": said}
+    (folder / "metadata.jsonl").write_text(json.dumps(record) + "\n")
+    assert len(list(load_rows(folder, streaming=streaming))) == 1
+    if how == "linked":
+        (folder / "a.png").unlink()
+        (folder / "a.png").symlink_to(secret)
+    else:
+        (folder / "metadata.jsonl").write_text(json.dumps({**record, "images": [str(secret)]}) + "\n")
+    with pytest.raises(ValueError, match="outside of|found paths in 'images'"):
+        list(load_rows(folder, streaming=streaming))
+
+
+def test_a_fault_of_the_machine_is_no_bad_row(tmp_path, monkeypatch):
+    picture().save(tmp_path / "a.png")
+
+    def fail(*args, **kwargs):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr(Image, "open", fail)
+    bad = row(user("Q", 1), assistant("A"), images=[str(tmp_path / "a.png")])
+    with pytest.raises(OSError, match=r"Too many open files: the picture cannot be read: .*a\.png"):
+        make_collator(on_bad_row="skip")([bad])

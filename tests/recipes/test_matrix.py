@@ -109,7 +109,7 @@ def test_the_readme_says_how_many_cells_there_are():
 
 def test_a_missing_cell_is_refused(base, data, tmp_path):
     """Stage 1's template has no place for a row without a picture."""
-    with pytest.raises(ValueError, match="row 'none-0': .*plain takes a picture and its caption"):
+    with pytest.raises(ValueError, match=r"row 0 \(id 'none-0'\): .*plain takes a picture and its caption"):
         argv = command("Llava, CLIP, Llama", "pretrain_projector", base, data / "none.json", tmp_path)
         pretrain_projector.main([*argv, "--train_sampling_strategy", "sequential"])
 

@@ -109,6 +109,15 @@ def test_a_model_and_its_own_processor_agree(kind, tower):
     assert codes(findings) == []
 
 
+def test_what_skipping_does_not_leave_out_stays_an_error():
+    findings = Findings(skips_rows=True)
+    for code in ("picture-unreadable", "prompt-differs"):
+        findings.add("error", code, Place("train.json", 3), "one", "another", "Mend it")
+    findings.add("error", "unusable-row", Place("train.json"), "no rows", "rows", "Write some")
+    levels = {finding["code"]: finding["level"] for finding in findings.to_list()}
+    assert levels == {"picture-unreadable": "warning", "prompt-differs": "error", "unusable-row": "error"}
+
+
 def test_misfits_of_model_and_processor():
     processor, findings = tiny.make_processor(), Findings()
     model = tiny.make_model(processor)

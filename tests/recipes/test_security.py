@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 import chat
@@ -92,7 +92,7 @@ def test_unless_told_a_run_stops_at_a_bad_row(rows, base, tmp_path):
     made = json.loads((rows / "instruct.json").read_text())
     (rows / "instruct.json").write_text(json.dumps(made[:30]))
     with pytest.raises(ValueError, match=r"^row 20 \(id 'r20'\): .*torn.jpg: the picture cannot be decoded"):
-        sft_full.main(command("sft_full", base(), rows, tmp_path / "out", *IN_ORDER))
+        sft_full.main(command("sft_full", base(), rows, tmp_path / "out", *IN_ORDER, "--skip_preflight", "True"))
     assert not (tmp_path / "out" / "skipped_rows.jsonl").exists()
 
 
@@ -187,7 +187,7 @@ def test_pickled_adapters_are_refused(base, pickled, tmp_path):
 
 
 @pytest.mark.parametrize("index", ["model.safetensors.index.json", "other.safetensors.index.json"])
-def test_an_index_that_names_a_pickle_is_refused(index, pickled):
+def test_an_index_that_names_a_pickle_is_refused(index, pickled, tmp_path):
     """`use_safetensors=True` would load it (transformers 5.23)."""
     folder = Path(pickled)
     names = torch.load(folder / "pytorch_model.bin", weights_only=True)
@@ -197,6 +197,13 @@ def test_an_index_that_names_a_pickle_is_refused(index, pickled):
         (folder / "config.json").write_text(json.dumps({**config, "transformers_weights": index}))
     with pytest.raises(ValueError, match="expected weights in safetensors"):
         safe_weights(pickled)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    settings = {"peft_type": "LORA", "base_model_name_or_path": str(pickled)}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    save_file({"x": torch.zeros(1)}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="--allow_pickled_weights"):  # `from_pretrained` would load the base, too
+        safe_weights(adapter)
 
 
 def test_sharded_safetensors_are_accepted(base, tmp_path):
