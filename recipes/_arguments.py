@@ -8,6 +8,7 @@ from pathlib import Path
 
 from trl import ModelConfig, ScriptArguments, TrlParser
 
+from _faults import claim, resumes
 from _processor import IMAGE_ASPECT_RATIOS
 from _trainer import LlavaSFTConfig
 from collators import load_rows
@@ -49,8 +50,9 @@ class LlavaScriptArguments(ScriptArguments):
     on_bad_row: str = field(
         default="raise",
         metadata={
-            "help": "A row or picture that cannot be used: stop, or leave it out, name it in skipped_rows.jsonl in "
-            "--output_dir, and stop when more than 1 % of the rows are bad.",
+            "help": "A row or picture to train on that cannot be used: stop, or leave it out, name it in "
+            "skipped_rows.jsonl in --output_dir, and stop when more than 1 % of the rows are bad. One to evaluate on "
+            "always stops.",
             "choices": ["raise", "skip"],
         },
     )
@@ -100,13 +102,16 @@ def recipe_parser(recipe: dict, script_arguments: type = LlavaScriptArguments) -
 def load_datasets(script_args: LlavaScriptArguments, training_args: LlavaSFTConfig) -> tuple:
     """Load the rows to train on and, if `--eval_strategy` asks for them, those to evaluate on.
 
+    `--on_bad_row skip` is for the rows to train on. A slice of their file to evaluate on is cut from the rows that it
+    leaves. Every process must call this: the first one claims `--output_dir` (`_faults.claim`), unless for a dry run.
+
     Returns:
         `(train_dataset, eval_dataset)`; the second is None without evaluation.
 
     Raises:
         ValueError: Evaluation is asked for, the data is one split (a JSON or Parquet file, a saved `Dataset`), and
             neither `--eval_dataset_name` nor a slice such as `--dataset_test_split train[90%:]` of the file is given;
-            or the data is streamed and `--max_steps` is not.
+            the data is streamed and `--max_steps` is not; or another run writes to `--output_dir`.
     """
     options = {
         "image_folder": script_args.image_folder,
@@ -118,19 +123,24 @@ def load_datasets(script_args: LlavaScriptArguments, training_args: LlavaSFTConf
         "allow_remote_images": script_args.allow_remote_images,
         "number_rows": True,  # by which errors and skipped_rows.jsonl name a row
     }
-    if training_args.process_index == 0 and script_args.on_bad_row == "skip" and not training_args.dry_run:
-        options["skipped_rows"] = Path(training_args.output_dir, "skipped_rows.jsonl")
-        if str(training_args.resume_from_checkpoint).lower() in ("none", "false"):
-            options["skipped_rows"].unlink(missing_ok=True)  # of an earlier run
     if script_args.dataset_streaming and training_args.max_steps <= 0:
         raise ValueError("--dataset_streaming has no length: pass --max_steps, so that the schedule knows its end")
+    strict = {**options, "on_bad_row": "raise"}
+    if not training_args.dry_run:
+        if training_args.process_index == 0:
+            claim(training_args.output_dir)
+            if script_args.on_bad_row == "skip":
+                options["skipped_rows"] = Path(training_args.output_dir, "skipped_rows.jsonl")
+                if not resumes(training_args.resume_from_checkpoint):
+                    options["skipped_rows"].unlink(missing_ok=True)  # of an earlier run
+        training_args.distributed_state.wait_for_everyone()  # nobody counts the rows of the earlier run
     train = load_rows(script_args.dataset_name, split=script_args.dataset_train_split, **options)
     if script_args.dataset_streaming and training_args.shuffle_dataset:
         train = train.shuffle(seed=training_args.seed, buffer_size=SHUFFLE_BUFFER)
     if training_args.eval_strategy == "no":
         return train, None
     if script_args.eval_dataset_name:
-        return train, load_rows(script_args.eval_dataset_name, split=script_args.dataset_test_split, **options)
+        return train, load_rows(script_args.eval_dataset_name, split=script_args.dataset_test_split, **strict)
     is_file = script_args.dataset_name.lower().endswith((".json", ".jsonl", ".parquet"))
     is_single = Path(script_args.dataset_name, "state.json").is_file()
     if is_single or (is_file and "[" not in script_args.dataset_test_split):
@@ -138,4 +148,10 @@ def load_datasets(script_args: LlavaScriptArguments, training_args: LlavaSFTConf
             f"--eval_strategy {training_args.eval_strategy.value}: {script_args.dataset_name} has no test split; pass "
             "--eval_dataset_name with held-out rows"
         )
-    return train, load_rows(script_args.dataset_name, split=script_args.dataset_test_split, **options)
+    names = {split.partition("[")[0] for split in (script_args.dataset_train_split, script_args.dataset_test_split)}
+    of_the_same_rows = is_file or len(names) == 1
+    return train, load_rows(
+        script_args.dataset_name,
+        split=script_args.dataset_test_split,
+        **(options if of_the_same_rows else strict),
+    )

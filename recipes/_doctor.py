@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jinja2 import TemplateError
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig
+from transformers.utils import CONFIG_NAME, cached_file
 
 from _findings import Findings, Place
 from _label_checks import LabelChecks
@@ -27,7 +28,7 @@ from _parts import adapter_config, add_adapters, list_parts, train_only
 from _processor import prepare_processor
 from _row_checks import HIDDEN, PictureChecks, RowChecks, hidden_by_crop, template_words
 from collators import LlavaDataCollator, fetch_image, load_image, load_rows, read_row
-from collators.llava_json import MAX_BAD_SHARE, PictureFolder, parse_row, read_records
+from collators.llava_json import MAX_BAD_SHARE, BrokenList, PictureFolder, _numbers_in, parse_row, read_records
 from collators.row_shapes import BadRow, RowReader
 
 ROWS_AT_ONCE = 256  # whose text is rendered and tokenised together
@@ -50,9 +51,12 @@ class Examination:
 
 @dataclass
 class Rows:
-    """One file while it is read."""
+    """One file, or a split of it, while it is read. In findings it is called `name`."""
 
     path: str
+    split: str
+    name: str
+    skips: bool  # leaves bad rows out
     read: int = 0
     usable: set[int] = field(default_factory=set)
     text_only: int = 0
@@ -93,6 +97,9 @@ class Doctor:
         fetch = self.fetch or load_image
         self.picture_checks = PictureChecks(self.findings, decode=pictures == "decode", fetch=fetch)
         self._pictures: dict[int, dict[str | bytes, Place]] = defaultdict(dict)  # by the bytes that their files have
+        path, skips = script_args.dataset_name, self.findings.skips_rows
+        self.train = Rows(path, script_args.dataset_train_split, path, skips)
+        self.evaluation = self._find_evaluation()
         self._load_checkpoint()
 
     def _load_checkpoint(self) -> None:
@@ -104,8 +111,20 @@ class Doctor:
         self.processor = AutoProcessor.from_pretrained(name, **source)
         try:
             self.config = AutoConfig.from_pretrained(name, **source)
-        except (OSError, ValueError):  # only a processor
+        except (OSError, ValueError) as error:
             self.config = None
+            file = cached_file(
+                name, CONFIG_NAME, revision=source["revision"], _raise_exceptions_for_missing_entries=False
+            )
+            if file is not None:  # else it is only a processor
+                self.findings.add(
+                    "error",
+                    "config",
+                    self.checkpoint,
+                    f"a {CONFIG_NAME} that cannot be loaded: {error}",
+                    "the configuration of a Llava model",
+                    "Correct the file, or copy it from the checkpoint again",
+                )
         self.counter = self.collator = None
         try:
             prepare_processor(self.processor, self.script_args, self.training_args)
@@ -123,6 +142,21 @@ class Doctor:
             self.counter = LengthCounter(self.processor, self.processor.chat_template)
             if self.config is not None:
                 check_config(self.findings, self.checkpoint, self.config, self.processor)
+
+    def _find_evaluation(self) -> Rows | None:
+        """The rows that a run would evaluate on, as `load_datasets` chooses them."""
+        path, split = self.script_args.eval_dataset_name, self.script_args.dataset_test_split
+        skips = False
+        if not path:
+            path = self.train.path
+            is_file = path.lower().endswith((".json", ".jsonl", ".parquet"))
+            is_single = (is_file and "[" not in split) or Path(path, "state.json").is_file()
+            if self.training_args.eval_strategy == "no" or is_single or split == self.train.split:
+                return None
+            of_the_same_rows = is_file or split.partition("[")[0] == self.train.split.partition("[")[0]
+            skips = self.train.skips and of_the_same_rows
+        # Of one file with the training rows they need another name: rows of both have the same numbers.
+        return Rows(path, split, f"{path}:{split}" if path == self.train.path else path, skips)
 
     def _make_collator(self, train_on: str) -> LlavaDataCollator:
         try:
@@ -148,13 +182,13 @@ class Doctor:
         """Read all rows, then a sample of them through the collator, then the model's configuration."""
         words = template_words(self.processor, self.processor.chat_template) if self.collator else ()
         checks = RowChecks(self.findings, words)
-        train = Rows(self.script_args.dataset_name)
-        self._read(train, self.script_args.dataset_train_split, checks)
+        train, evaluation = self.train, self.evaluation
+        self._read(train, checks)
         pictures = self._picture_section(train)
-        evaluation = None
-        if self.script_args.eval_dataset_name:
-            evaluation = Rows(self.script_args.eval_dataset_name)
-            self._read(evaluation, self.script_args.dataset_test_split, checks, trains=False)
+        if evaluation:
+            self.findings.skips_rows = evaluation.skips
+            self._read(evaluation, checks)
+            self.findings.skips_rows = train.skips
         lengths = self._length_section(train)
         labels = checked = None
         if self.collator and train.sample:
@@ -183,7 +217,7 @@ class Doctor:
                 "path": train.path,
                 "rows": train.read,
                 "usable": len(train.usable),
-                "eval_path": evaluation and evaluation.path,
+                "eval_path": evaluation and evaluation.name,
             },
             "model": {
                 "name": self.checkpoint.file,
@@ -210,10 +244,6 @@ class Doctor:
     def _iterate(self, path: str, split: str) -> Iterator[tuple[int, object, dict | BadRow]]:
         """Row number, its id, and the row or why it cannot be used."""
         script_args = self.script_args
-        options = {
-            "allow_external_images": script_args.allow_external_images,
-            "allow_remote_images": script_args.allow_remote_images,
-        }
         if not path.lower().endswith((".json", ".jsonl")):
             rows = load_rows(
                 path,
@@ -222,15 +252,38 @@ class Doctor:
                 streaming=script_args.dataset_streaming,
                 placement=script_args.placement,
                 image_folder=script_args.image_folder,
+                allow_external_images=script_args.allow_external_images,
+                allow_remote_images=script_args.allow_remote_images,
                 number_rows=True,
-                **options,
             )
             for number, row in enumerate(rows):
                 yield row.get("_row", number), row.get("id"), row  # a stream of several files has no numbers
             return
+        yield from self._slice(path, split) if "[" in split else self._parse(path)
+
+    def _slice(self, path: str, split: str) -> Iterator[tuple[int, object, dict | BadRow]]:
+        """The rows of a slice of a JSON file, counted as `load_rows` does: without those that are skipped.
+
+        Where none is skipped, a bad row stops the run wherever it stands, and so belongs to every slice.
+        """
+        skips = self.findings.skips_rows
+        total = sum(not (skips and isinstance(row, BadRow)) for _, _, row in self._parse(path))
+        chosen = set(_numbers_in(split, {split.partition("[")[0]: total}))
+        at = 0
+        for number, identity, row in self._parse(path):
+            is_bad = isinstance(row, BadRow)
+            if min(at, total - 1) in chosen or (is_bad and not (skips and total)):
+                yield number, identity, row
+            at += not (is_bad and skips)
+
+    def _parse(self, path: str) -> Iterator[tuple[int, object, dict | BadRow]]:
+        script_args = self.script_args
         folder = os.path.abspath(script_args.image_folder or os.path.dirname(os.path.abspath(path)))
-        find, reader = PictureFolder(folder, *options.values()), RowReader(script_args.placement)
+        find = PictureFolder(folder, script_args.allow_external_images, script_args.allow_remote_images)
+        reader = RowReader(script_args.placement)
         for number, record in enumerate(read_records(path)):
+            if isinstance(record, BrokenList):  # which a run refuses even where it skips rows
+                raise ValueError(f"row {number}: {record} What stands behind it in the list cannot be read.")
             identity = record.get("id") if isinstance(record, dict) else None
             try:
                 messages, images = parse_row(record, reader, find)
@@ -240,13 +293,17 @@ class Doctor:
             others = {name: value for name, value in record.items() if name not in reader.shape.columns}
             yield number, identity, {**others, "messages": messages, "images": images, "_row": number}
 
-    def _read(self, rows: Rows, split: str, checks: RowChecks, trains: bool = True) -> None:
-        chance = random.Random(0)
+    def _read(self, rows: Rows, checks: RowChecks) -> None:
+        chance, trains = random.Random(0), rows is self.train
+        # Bad rows that stop a run were named when the training rows of the same file were read.
+        is_known = not trains and rows.path == self.train.path and not self.train.skips
         waiting: list[tuple[Place, list[dict], list]] = []
         try:
-            for number, identity, row in self._iterate(rows.path, split):
+            for number, identity, row in self._iterate(rows.path, rows.split):
+                if is_known and isinstance(row, BadRow):
+                    continue
                 rows.read += 1
-                place = Place(rows.path, number, identity)
+                place = Place(rows.name, number, identity)
                 conversation = self._check_form(place, row)
                 if conversation is None:
                     continue
@@ -272,7 +329,7 @@ class Doctor:
                 elif (at := chance.randrange(len(rows.usable))) < self.sample_rows:
                     rows.sample[at] = (place, row)
         except ValueError as error:  # of the file or data set as a whole
-            self.findings.add("error", "unusable-row", Place(rows.path), str(error), "rows that load", "Correct them")
+            self.findings.add("error", "unusable-row", Place(rows.name), str(error), "rows that load", "Correct them")
         if waiting:
             self._count_lengths(rows, waiting)
         rows.sample.sort(key=lambda entry: entry[0].row)
@@ -295,7 +352,7 @@ class Doctor:
 
         Files are read where two are of one size, and pictures in the row are kept as digests: memory stays small.
         """
-        if not self.script_args.eval_dataset_name:
+        if not self.evaluation:
             return
         for source in sources:
             path = source if isinstance(source, str) else source.get("path") if isinstance(source, dict) else None
@@ -418,7 +475,11 @@ class Doctor:
         if rows.kept:
             kept, has_picture = np.array(rows.kept).T
             section["padding"] = padding_shares(
-                kept, has_picture.astype(bool), section["batch_size"], limit or longest
+                kept,
+                has_picture.astype(bool),
+                section["batch_size"],
+                limit or longest,
+                self.training_args.gradient_accumulation_steps,
             )
         return section
 

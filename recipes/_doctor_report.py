@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Column, Table
 from rich.text import Text
 
+from _parts import shorten_count
+
 LEVELS = {"error": "bold red", "warning": "bold yellow", "note": "dim"}
 EXAMPLES = 3  # of a finding, in a terminal
 WIDTH, HEIGHT = 400, 170  # of the histogram's plotting area, in SVG units
@@ -410,15 +412,11 @@ def _tell_pictures(pictures: dict) -> list[dict]:
 def _tell_parts(parts: list[dict]) -> list[dict]:
     rows = []
     for part in parts:
-        counts = (_shorten(part[kind]) for kind in ("parameters", "trainable"))
+        counts = (shorten_count(part[kind]) for kind in ("parameters", "trainable"))
         rate = "–" if part["learning_rate"] is None else f"{part['learning_rate']:g}"
         rows.append((part["part"], *counts, part["dtype"], part["quantised"], f"{part['adapters']:,}", rate))
     header = ["part", "parameters", "trainable", "dtype", "quantised", "adapters", "rate"]
     return [_table("grid", header, rows)]
-
-
-def _shorten(count: int) -> str:
-    return f"{count:,}" if count < 1e6 else f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.3f} B"
 
 
 def _tell_memory(memory: dict) -> list[dict]:

@@ -22,7 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 import torch
 import xxhash
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from datasets import Dataset
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -31,13 +31,13 @@ from torch.utils.data import get_worker_info
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from _start_report import FIRST_ROWS, first_rows
 from collators.llava_json import MAX_BAD_SHARE
 
 logger = logging.getLogger(__name__)
 
 TERMINATED = 128 + signal.SIGTERM  # exit status, as a shell gives it
 SAME_REQUEST = 5  # seconds: a scheduler signals all processes of a job, and their launcher passes its own signal on
-STREAM_ROWS = 256  # whose hash stands for all rows of a stream
 HASHED_AT_ONCE = 10_000  # rows
 WRITE_ERRORS = (OSError, SafetensorError, RuntimeError, CheckpointException)
 # What a RuntimeError of torch.save has in it when a write failed; others may come out of anywhere (torch 2.13).
@@ -114,6 +114,11 @@ def newest_complete(output_dir: str | os.PathLike) -> tuple[Path | None, list[st
     return None, faults
 
 
+def resumes(wanted: str | bool | None) -> bool:
+    """Whether a value of `--resume_from_checkpoint` asks for one."""
+    return str(wanted).lower() not in ("none", "false")
+
+
 def choose_checkpoint(wanted: str | bool | None, output_dir: str, *, log: bool) -> str | None:
     """Resolve `--resume_from_checkpoint`: a path, "True" or "last" for the newest complete one, "False" or None.
 
@@ -125,8 +130,7 @@ def choose_checkpoint(wanted: str | bool | None, output_dir: str, *, log: bool) 
     Raises:
         ValueError: The checkpoint at the path is not complete, or there is no complete one.
     """
-    mode = str(wanted).lower()
-    if mode in ("none", "false"):
+    if not resumes(wanted):
         if log and (present := list_checkpoints(output_dir)):
             logger.warning(
                 "%s holds %s from an earlier run: a later --resume_from_checkpoint True takes the highest number, "
@@ -135,7 +139,7 @@ def choose_checkpoint(wanted: str | bool | None, output_dir: str, *, log: bool) 
                 ", ".join(folder.name for folder in present[:5]),
             )
         return None
-    if mode in ("true", "last"):
+    if str(wanted).lower() in ("true", "last"):
         newest, faults = newest_complete(output_dir)
         if newest is None:
             found = "".join(f"\n  {fault}" for fault in faults)
@@ -214,13 +218,13 @@ class TrainingData(TrainerCallback, ExportableState):
 
 
 def identify(dataset) -> TrainingData:
-    """Hash the `messages` of all rows, and `image` or `images` where they are paths; of a stream the first 256 rows.
+    """Hash the `messages` of all rows, and `image` or `images` where they are paths; of a stream its first rows.
 
     Row after row by value, whatever file or cache they lie in: a million rows of 1 KB take about a second.
     """
     digest = xxhash.xxh3_64()
     if not isinstance(dataset, Dataset):
-        rows = [row.get("messages") for row in islice(iter(dataset), STREAM_ROWS)]
+        rows = [row.get("messages") for row in islice(iter(dataset), FIRST_ROWS)]
         digest.update(json.dumps(rows, sort_keys=True, default=str).encode())
         return TrainingData(None, digest.hexdigest())
     table = dataset.data.table
@@ -251,10 +255,9 @@ def check_data(trainer, checkpoint: str | None) -> None:
     never. Every process must call this.
 
     Raises:
-        ValueError: The rows differ, and `allow_changed_data` is not set.
+        ValueError: The rows differ, and `allow_changed_data` is not set; or those of the processes differ.
     """
-    box = [identify(trainer.train_dataset) if trainer.is_world_process_zero() else None]
-    [data] = broadcast_object_list(box)
+    data = _identify_everywhere(trainer)
     trainer.remove_callback(TrainingData)  # of an earlier call of `train`
     trainer.add_callback(data)
     if checkpoint is None:
@@ -277,6 +280,27 @@ def check_data(trainer, checkpoint: str | None) -> None:
         )
     if trainer.is_world_process_zero():
         logger.warning("%s; resuming all the same (--allow_changed_data)", change)
+
+
+def _identify_everywhere(trainer) -> TrainingData:
+    """As `identify`, agreed over all processes; a stream, which may be slow to open, is read by the first one alone.
+
+    A process with fewer rows, because pictures are missing on its machine, would end an epoch before the others, which
+    then wait for it without end.
+    """
+    if not isinstance(trainer.train_dataset, Dataset):
+        box = [identify(first_rows(trainer)) if trainer.is_world_process_zero() else None]
+        return broadcast_object_list(box)[0]
+    data = identify(trainer.train_dataset)
+    if trainer.args.world_size > 1:
+        everywhere = gather_object([str(data)])
+        if other := [f"process {place}: {found}" for place, found in enumerate(everywhere) if found != everywhere[0]]:
+            raise ValueError(
+                f"the processes have different training rows: process 0: {everywhere[0]}; {'; '.join(other[:5])} "
+                f"({len(other)} of {len(everywhere)} differ from process 0). Look for a file or a picture that is "
+                "missing, or another one, on one of the machines."
+            )
+    return data
 
 
 # Loader workers
@@ -439,7 +463,9 @@ class StopConditions(TrainerCallback):
         collator = trainer.data_collator
         skips = getattr(collator, "on_bad_row", None) == "skip" and collator.skipped_rows is not None
         self._skipped = SkippedRows(collator.skipped_rows) if skips else None
-        self._left_out = self._skipped.count() if skips else 0  # when the file was read: no rows of the data any more
+        # Rows that load_rows left out, which the data lacks. On a resume also those that the collator has skipped so
+        # far: then the limit of `_rows` is a little too high, by one in a hundred at most.
+        self._left_out = self._skipped.count() if skips else 0
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
@@ -472,6 +498,7 @@ class StopConditions(TrainerCallback):
             )
         if asked:
             control.should_save, control.should_evaluate, self._leaving = True, False, True
+            args.save_only_model = False  # the job is to go on from this checkpoint
         return control
 
     def on_save(self, args, state, control, **kwargs):
@@ -508,18 +535,20 @@ class StopConditions(TrainerCallback):
 # Two runs
 
 
-@contextlib.contextmanager
-def lone_run(output_dir: str | os.PathLike, *, is_main: bool) -> Iterator[None]:
-    """Hold the lock of an output folder, which the system releases whatever way a process ends.
+_LOCKS: dict[Path, FileLock] = {}  # of this process
+
+
+def claim(output_dir: str | os.PathLike) -> FileLock:
+    """Take the lock of an output folder before anything in it is touched; a process may do so more than once.
+
+    The system releases it whatever way a process ends.
 
     Raises:
         ValueError: Another run holds it.
     """
-    if not is_main:
-        yield
-        return
-    os.makedirs(output_dir, exist_ok=True)
-    lock = FileLock(Path(output_dir, ".run.lock"), blocking=False)
+    folder = Path(output_dir).resolve()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = _LOCKS.setdefault(folder, FileLock(folder / ".run.lock", blocking=False, thread_local=False))
     try:
         lock.acquire()
     except Timeout:
@@ -527,7 +556,17 @@ def lone_run(output_dir: str | os.PathLike, *, is_main: bool) -> Iterator[None]:
             f"another run is writing to {output_dir} (it holds .run.lock there): wait for it or end it, or pass "
             "another --output_dir"
         ) from None
+    return lock
+
+
+@contextlib.contextmanager
+def lone_run(output_dir: str | os.PathLike, *, is_main: bool) -> Iterator[None]:
+    """`claim` an output folder for a block, after which it is free, whoever in this process claimed it before."""
+    if not is_main:
+        yield
+        return
+    lock = claim(output_dir)
     try:
         yield
     finally:
-        lock.release()
+        lock.release(force=True)

@@ -7,20 +7,18 @@ import base64
 import io
 import os
 
-import numpy as np
 import torch
 from PIL import Image
 
-from _findings import Findings, Place
+from _findings import UNUSABLE, Findings, Place
 from _lengths import LengthCounter
 from _row_checks import refuse_picture
 from _start_report import token_spans
 from collators import IGNORE_INDEX, LlavaDataCollator, load_image, read_row
-from collators.llava import BAD_ROW
+from collators.llava import BAD_ROW, _runs
 
 ROWS_SHOWN = 24  # on the page
 THUMBNAIL = 320  # pixels, the longer side
-REFUSED = {"unusable-row", "picture-unreadable", "too-long", "too-many-pictures"}  # of rows that need no second look
 
 
 class LabelChecks:
@@ -29,8 +27,9 @@ class LabelChecks:
     Args:
         findings: where what is found goes.
         collator: the run's own.
-        strict: the same with `train_on="assistant"`, by which turns are told apart.
+        strict: the same with `train_on="assistant"`, by which turns are told apart; may be `collator` itself.
         counter: whose lengths are held against the collator's.
+        show: fill `shown` and `exact`, which costs time that the pre-flight need not spend.
 
     Attributes:
         refused: numbers of the rows that the collator refused.
@@ -40,10 +39,16 @@ class LabelChecks:
     """
 
     def __init__(
-        self, findings: Findings, collator: LlavaDataCollator, strict: LlavaDataCollator, counter: LengthCounter
+        self,
+        findings: Findings,
+        collator: LlavaDataCollator,
+        strict: LlavaDataCollator,
+        counter: LengthCounter,
+        *,
+        show: bool = True,
     ):
         self.findings, self.collator, self.strict, self.counter = findings, collator, strict, counter
-        self.processor = collator.processor
+        self.processor, self.show = collator.processor, show
         self.refused: set[int] = set()
         self.shown: list[dict] = []
         self.exact = True
@@ -66,7 +71,7 @@ class LabelChecks:
         plain = [place.row for place, _ in sample if place.row not in flagged]
         shown = {*flagged[: ROWS_SHOWN // 2], *plain[:: max(1, len(plain) // ROWS_SHOWN + 1)]}
         for place, row in sample:
-            if self.findings.rows.get((place.file, place.row), set()) & REFUSED:
+            if self.findings.rows.get((place.file, place.row), set()) & UNUSABLE:
                 continue
             images = self._load(place, row["images"])
             if images is None:
@@ -86,7 +91,7 @@ class LabelChecks:
                 )
                 continue
             ids, labels = batch["input_ids"][0], batch["labels"][0]
-            runs = _runs(labels != IGNORE_INDEX)
+            runs = _runs((labels != IGNORE_INDEX).tolist())
             counts["rows"] += 1
             counts["turns"] += len(runs)
             counts["turns_with_stop"] += sum(int(ids[end - 1]) in stops for _, end in runs)
@@ -108,10 +113,11 @@ class LabelChecks:
                     "rows with at least one trained token",
                     "Look at the row, --train_on and --max_length",
                 )
-            self.exact = self.exact and self._is_counted_right(row, ids)
+            if self.show:
+                self.exact = self.exact and self._is_counted_right(row, ids)
             if "pixel_values" in batch:
                 self.pictures = max(self.pictures, batch["pixel_values"].shape[:-3].numel())
-            if place.row in shown:
+            if self.show and place.row in shown:
                 self.shown.append(self._show(place, names, images, trained))
         totals["prompt"] = totals["tokens"] - totals["trained"] - totals["image"]
         if not totals["tokens"]:
@@ -184,11 +190,6 @@ class LabelChecks:
             "pictures": [_thumbnail(name, image) for name, image in zip(names, images, strict=True)],
             "spans": [{"kind": kind, "text": text, "tokens": tokens} for kind, text, tokens in spans],
         }
-
-
-def _runs(mask: torch.Tensor) -> list[tuple[int, int]]:
-    edges = np.flatnonzero(np.diff([0, *mask.int().tolist(), 0]))
-    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
 
 
 def _name(source: object) -> str:

@@ -4,10 +4,11 @@ A file of its own beside `_doctor.py`: arithmetic over a whole file, while that 
 """
 
 import numpy as np
+import torch
 from transformers import LlavaProcessor
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 SHARES = {"p50": 0.5, "p95": 0.95, "p99": 0.99, "max": 1.0}
-MEGABATCH = 50  # batches that transformers' length-grouped sampler sorts at once (trainer_pt_utils, mega_batch_mult)
 
 
 class LengthCounter:
@@ -74,7 +75,9 @@ def percentiles(values: np.ndarray) -> dict[str, int]:
     return {name: int(np.quantile(values, share, method="higher")) for name, share in SHARES.items()}
 
 
-def padding_shares(tokens: np.ndarray, has_picture: np.ndarray, batch_size: int, length: int) -> dict[str, float]:
+def padding_shares(
+    tokens: np.ndarray, has_picture: np.ndarray, batch_size: int, length: int, accumulation: int = 1
+) -> dict[str, float]:
     """Share of padding in the batches of one epoch under four ways to form them.
 
     Args:
@@ -82,27 +85,31 @@ def padding_shares(tokens: np.ndarray, has_picture: np.ndarray, batch_size: int,
         has_picture: Of each row.
         batch_size: Rows of one device's batch.
         length: Of a packed sequence, in tokens.
+        accumulation: Batches of one step, among which `Trainer` groups too.
 
     Returns:
         `"random"`; `"length grouped"`: as `--train_sampling_strategy group_by_length` does; `"modality and length
         grouped"`: rows with and without pictures apart, then by length (LLaVA's sampler); `"packed"`: whole rows
         by best fit, longest first, in sequences of `length`. The seed is fixed.
     """
-    order = np.random.default_rng(0).permutation(len(tokens))
-    kinds = [order[has_picture[order]], order[~has_picture[order]]]
-    grouped = [_group(tokens, kind, batch_size) for kind in kinds]
+    rows, step = np.arange(len(tokens)), batch_size * accumulation
+    order = torch.randperm(len(tokens), generator=_seeded()).numpy()
+    kinds = [kind for kind in (rows[has_picture], rows[~has_picture]) if len(kind)]
+    grouped = [_group(tokens, kind, step) for kind in kinds]
     return {
         "random": _padding(tokens, [order], batch_size),
-        "length grouped": _padding(tokens, [_group(tokens, order, batch_size)], batch_size),
+        "length grouped": _padding(tokens, [_group(tokens, rows, step)], batch_size),
         "modality and length grouped": _padding(tokens, grouped, batch_size),
         "packed": (packed := _packed_room(tokens, length)) / (packed + int(tokens.sum())),
     }
 
 
-def _group(tokens: np.ndarray, order: np.ndarray, batch_size: int) -> np.ndarray:
-    size = batch_size * MEGABATCH
-    chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    return np.concatenate([chunk[np.argsort(-tokens[chunk], kind="stable")] for chunk in chunks] or [order])
+def _seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def _group(tokens: np.ndarray, rows: np.ndarray, step: int) -> np.ndarray:
+    return rows[get_length_grouped_indices(tokens[rows].tolist(), step, generator=_seeded())]
 
 
 def _padding(tokens: np.ndarray, orders: list[np.ndarray], batch_size: int) -> float:

@@ -74,7 +74,7 @@ def check_model(findings: Findings, place: Place, model: nn.Module) -> None:
     waits for FSDP there, only the projector's.
     """
     parameters = dict(model.named_parameters())
-    slow = sum(parameter.numel() for parameter in parameters.values() if parameter.device.type == "cpu") > 1e9
+    slow = sum(parameter.numel() for parameter in parameters.values() if parameter.device.type == "cpu") > 2e8
     if not any(parameter.requires_grad for parameter in parameters.values()):
         findings.add(
             "error", "nothing-trains", place, "no trainable parameter", "a part that trains", "Unfreeze a part"

@@ -257,8 +257,8 @@ def part_table(model: nn.Module, learning_rates: dict[str, float]) -> Table:
     for part in parts:
         table.add_row(
             part["part"],
-            _shorten(part["parameters"]),
-            _shorten(part["trainable"]),
+            shorten_count(part["parameters"]),
+            shorten_count(part["trainable"]),
             part["dtype"],
             part["quantised"],
             str(part["adapters"]),
@@ -266,7 +266,7 @@ def part_table(model: nn.Module, learning_rates: dict[str, float]) -> Table:
         )
     count, trainable, adapters = (sum(part[n] for part in parts) for n in ("parameters", "trainable", "adapters"))
     table.add_section()
-    table.add_row("total", _shorten(count), _shorten(trainable), "", "", str(adapters), "")
+    table.add_row("total", shorten_count(count), shorten_count(trainable), "", "", str(adapters), "")
     table.caption = f"{trainable / count:.2%} of the parameters train"
     return table
 
@@ -359,7 +359,8 @@ def _check_parts(parts: Iterable[str]) -> set[str]:
     return set(parts)
 
 
-def _shorten(count: int) -> str:
+def shorten_count(count: int) -> str:
+    """`7,062,902,784` → `7.063 B`."""
     return f"{count:,}" if count < 1e6 else f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.3f} B"
 
 

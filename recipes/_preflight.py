@@ -14,6 +14,7 @@ from _label_checks import LabelChecks
 from _lengths import LengthCounter
 from _model_checks import check_config, check_model
 from _row_checks import PictureChecks, RowChecks, template_words
+from _start_report import first_rows
 from collators import LlavaDataCollator
 
 ROWS = 256  # whose texts and picture headers are looked at
@@ -64,7 +65,7 @@ def _look(trainer) -> Findings:
     checks = RowChecks(findings, template_words(processor, chat_template))
     pictures = PictureChecks(findings)  # URLs wait until a batch needs them
     rows = []
-    for number, row in enumerate(islice(iter(trainer.train_dataset), ROWS)):
+    for number, row in enumerate(islice(iter(first_rows(trainer)), ROWS)):
         place = Place(data, row.get("_row", number), row.get("id"))
         rows.append((place, row))
         if isinstance(row.get("messages"), list) and isinstance(row.get("images"), list):
@@ -73,7 +74,10 @@ def _look(trainer) -> Findings:
     if isinstance(collator, LlavaDataCollator):
         trained = copy.copy(collator)
         trained.on_bad_row = "raise"  # nothing is skipped yet
-        strict = copy.copy(trained)
-        strict.train_on = "assistant"
-        LabelChecks(findings, trained, strict, LengthCounter(processor, chat_template))(rows[:ROWS_COLLATED])
+        strict = trained
+        if trained.train_on != "assistant":
+            strict = copy.copy(trained)
+            strict.train_on = "assistant"
+        counter = LengthCounter(processor, chat_template)
+        LabelChecks(findings, trained, strict, counter, show=False)(rows[:ROWS_COLLATED])
     return findings

@@ -5,15 +5,16 @@ A file of its own beside `_doctor.py`: it changes rows, that only looks at them.
 
 import copy
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from _findings import Findings
-from _row_checks import PLACEHOLDER_TYPOS
+from _row_checks import IMAGE_SPELLINGS
 from collators import fetch_image, load_image
 from collators.llava import BAD_ROW
-from collators.llava_json import PictureFolder, parse_row, read_records
+from collators.llava_json import BrokenList, PictureFolder, parse_row, read_records
 from collators.row_shapes import LLAVA, BadRow, RowReader, find_shape
 
 KEY_TYPO = re.compile(r"the key '([^']+)'(?: or '([^']+)')?")
@@ -55,14 +56,14 @@ def drop_last_question(record: dict, error: BadRow) -> str | None:
 
 
 def mark_pictures(record: dict, error: BadRow) -> str | None:
-    """`<Image>`, `[img]` → `<image>`, if the row then has one for each picture (which the reader checks)."""
+    """`<Image>`, `[image]` → `<image>` in questions, if each picture then has one (which the reader checks)."""
     turns, changed = record.get(LLAVA.turns), []
     for turn in turns if isinstance(turns, list) else []:
-        if isinstance(turn, dict) and isinstance(text := turn.get(LLAVA.content), str):
-            marked = PLACEHOLDER_TYPOS.sub("<image>", text)
-            if marked != text:
-                changed += [typo for typo in PLACEHOLDER_TYPOS.findall(text) if typo != "<image>"]
-                turn[LLAVA.content] = marked
+        if not isinstance(turn, dict) or turn.get(LLAVA.role) not in ("human", "user"):
+            continue
+        if isinstance(text := turn.get(LLAVA.content), str):
+            changed += [typo for typo in IMAGE_SPELLINGS.findall(text) if typo != "<image>"]
+            turn[LLAVA.content] = IMAGE_SPELLINGS.sub("<image>", text)
     return f"wrote <image> for {sorted(set(changed))}" if changed else None
 
 
@@ -135,9 +136,10 @@ def write_fixed(
         How many rows were kept as they stood, repaired, left out.
 
     Raises:
-        ValueError: `output` is no `.jsonl` file, or is `source`; or `source` is a `.json` list that is broken in its
-            middle. Nothing is written then.
+        ValueError: `output` is no `.jsonl` file, or is `source`; or `source` is a `.json` list that breaks off.
         FileExistsError: `output` exists.
+
+    Nothing is left behind by an error, a full disk among them.
     """
     if output.suffix != ".jsonl" or output.resolve() == Path(source).resolve():
         raise ValueError(f"--fix {output}: expected the name of a new .jsonl file")
@@ -147,8 +149,13 @@ def write_fixed(
             raise FileExistsError(f"--fix: {path} exists; pass another name")
     counts = {"kept": 0, "repaired": 0, "left out": 0}
     output.parent.mkdir(parents=True, exist_ok=True)
+    # Under other names until they are whole, the rows last.
+    partial = {path: path.with_name(f"{path.name}.partial") for path in (changes, output)}
     try:
-        with output.open("w", encoding="utf-8") as kept, changes.open("w", encoding="utf-8") as changed:
+        with (
+            partial[output].open("w", encoding="utf-8") as kept,
+            partial[changes].open("w", encoding="utf-8") as changed,
+        ):
             for row, record, action, reason in _judge(source, find, placement, findings, usable):
                 counts[action] += 1
                 if action != "left out":
@@ -157,10 +164,11 @@ def write_fixed(
                     identity = record.get("id") if isinstance(record, dict) else None
                     line = {"row": row, "id": identity, "action": action, "reason": reason}
                     changed.write(json.dumps(line, ensure_ascii=False, default=str) + "\n")
-    except ValueError:
-        output.unlink()
-        changes.unlink()
-        raise
+        for path, file in partial.items():
+            os.replace(file, path)
+    finally:
+        for file in partial.values():
+            file.unlink(missing_ok=True)
     return counts["kept"], counts["repaired"], counts["left out"]
 
 
@@ -174,6 +182,8 @@ def _judge(source, find, placement, findings, usable) -> Iterator[tuple[int, obj
         return parse_row(candidate, reader, find)
 
     for row, record in enumerate(read_records(source)):
+        if isinstance(record, BrokenList):
+            raise ValueError(f"--fix: {source}, row {row}: {record} What stands behind it would be lost.")
         codes = findings.rows.get((source, row), set())
         if "duplicate-row" in codes:
             yield row, record, "left out", "repeats an earlier row"
@@ -189,10 +199,6 @@ def _judge(source, find, placement, findings, usable) -> Iterator[tuple[int, obj
                 for picture in read(repaired)[1]:  # no check has looked at it yet
                     load_image(picture, fetch_image if find.allow_remote else None)
             except BAD_ROW as error:
-                if isinstance(record, BadRow) and source.lower().endswith(".json") and "broken JSON" in str(error):
-                    raise ValueError(
-                        f"--fix: {source}, row {row}: {error} Nothing behind it can be read, so it would be lost."
-                    ) from None
                 yield row, record, "left out", str(error)
                 continue
             if steps:

@@ -21,8 +21,9 @@ SMALLEST = 16  # pixels of a side; below this a picture is most likely an icon o
 MOST_PIXELS = 16_000_000  # a third of a second of decoding for the 336 to 1000 pixels a side that a tower sees
 WIDEST = 5.0  # width by height or height by width
 HIDDEN = 0.05  # share of the pictures' area that a centre crop may cut off, on average
-# Words people write for <image>, which no reader takes for it.
-PLACEHOLDER_TYPOS = re.compile(r"<\s*/?\s*(?:image|img|picture|photo)s?\s*/?\s*>|\[(?:image|img)\]", re.IGNORECASE)
+# Words people write for <image>, which no reader takes for it; <img> is HTML too, and so is only warned of.
+IMAGE_SPELLINGS = re.compile(r"<\s*image\s*/?\s*>|\[image\]", re.IGNORECASE)
+PLACEHOLDER_TYPOS = re.compile(rf"{IMAGE_SPELLINGS.pattern}|<img>|\[img\]", re.IGNORECASE)
 PICTURE_NAME = re.compile(r"\S+\.(?:jpe?g|png|webp|gif|bmp|tiff?)", re.IGNORECASE)
 WHOLE_ENDS = {"JPEG": b"\xff\xd9", "PNG": b"IEND\xaeB`\x82", "GIF": b";"}
 PROBE_QUESTION, PROBE_ANSWER = "what-is-asked", "what-is-answered"
@@ -76,9 +77,10 @@ class RowChecks:
                 empty.append(turn)
             if self._words and (word := self._words.search(text)):
                 words.append((turn, word[0]))
-            # The image token itself is left in string contents, where it is no typo.
-            if typo := next((typo[0] for typo in PLACEHOLDER_TYPOS.finditer(text) if typo[0] != "<image>"), None):
-                typos.append((turn, typo))
+            if message["role"] == "user":  # answers show no picture, but may be about HTML
+                # The image token itself is left in string contents, where it is no typo.
+                found = (typo[0] for typo in PLACEHOLDER_TYPOS.finditer(text) if typo[0] != "<image>")
+                typos += [(turn, typo) for typo in found]
             if "\ufffd" in text:
                 broken.append(turn)
         add = self.findings.add

@@ -8,7 +8,7 @@ from itertools import groupby, islice
 
 import numpy as np
 import torch
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from rich.console import Console
 from rich.text import Text
 from transformers import TrainerCallback
@@ -18,6 +18,7 @@ from _memory import predict_memory
 from _parts import part_of, part_table
 from collators import IGNORE_INDEX
 
+FIRST_ROWS = 256  # of a stream: they stand for all of it
 ROWS = 16  # whose share of trained tokens is shown before every run
 DRY_RUN_ROWS = 256  # whose lengths are measured for --dry_run: about a second on a CPU
 
@@ -35,6 +36,7 @@ class StartReport(TrainerCallback):
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         if state.is_world_process_zero:
             self._print(args, state, optimizer, Console())
+        self.trainer._first_rows = None  # whose pictures take memory
         if args.dry_run:
             raise Stop
 
@@ -52,7 +54,7 @@ class StartReport(TrainerCallback):
             f"global batch {args.train_batch_size * world * accumulation} rows = {args.train_batch_size} a device × "
             f"{accumulation} accumulated × {world} process(es); {state.max_steps} steps"
         )
-        rows = list(islice(iter(trainer.train_dataset), ROWS))
+        rows = list(islice(iter(first_rows(trainer)), ROWS))
         batch = _quiet_collator(trainer)(rows)
         tokens, trained = int(batch["attention_mask"].sum()), int((batch["labels"] != IGNORE_INDEX).sum())
         console.print(f"{trained / tokens:.1%} of the tokens of the first {len(rows)} rows carry loss; the first row:")
@@ -69,7 +71,7 @@ def plan_memory(trainer) -> list:
     args, image_token = trainer.args, trainer.processing_class.image_token_id
     lengths, image_tokens, pictures, left_out = [], 0, 0, 0
     collator = _quiet_collator(trainer)
-    for row in sample_rows(trainer.train_dataset, DRY_RUN_ROWS):
+    for row in sample_rows(first_rows(trainer), DRY_RUN_ROWS):
         batch = collator([row])
         if not (batch["labels"] != IGNORE_INDEX).any():
             left_out += 1  # --overlong drop; what came back is a made-up row
@@ -114,10 +116,20 @@ def _quiet_collator(trainer):
     return collator
 
 
-def sample_rows(dataset, count: int) -> list[dict]:
-    """`count` rows at even distances; of a stream the first ones."""
-    if isinstance(dataset, IterableDataset):
-        return list(islice(iter(dataset), count))
+def first_rows(trainer) -> Dataset | list[dict]:
+    """What to look at before step 0: the training data, or the first 256 rows of a stream, kept until step 0.
+
+    Each time that a stream is opened its shuffle buffer of 10,000 rows is filled anew.
+    """
+    if not isinstance(trainer.train_dataset, IterableDataset):
+        return trainer.train_dataset
+    if trainer._first_rows is None:
+        trainer._first_rows = list(islice(iter(trainer.train_dataset), FIRST_ROWS))
+    return trainer._first_rows
+
+
+def sample_rows(dataset: Dataset | list[dict], count: int) -> list[dict]:
+    """`count` rows at even distances."""
     places = np.linspace(0, len(dataset) - 1, min(count, len(dataset))).astype(int)
     return [dataset[int(place)] for place in places]
 

@@ -4,6 +4,7 @@ Kills, full disks, dead workers and the like are `_faults.py`'s, which is called
 """
 
 import contextlib
+import copy
 import logging
 import os
 import shlex
@@ -121,6 +122,7 @@ class LlavaTrainer(SFTTrainer):
             trained[name].data = master
         self._without_gradient = set(trained)
         self._row_numbers = []  # of the batches since the last optimizer step
+        self._first_rows = None  # of a stream (`_start_report.first_rows`)
         self._rates = self._part_learning_rates()
         tower = find_part(self.model, "vision_tower")
         tower.forward = types.MethodType(_forward_without_needless_gradients, tower)
@@ -139,14 +141,15 @@ class LlavaTrainer(SFTTrainer):
             **kwargs: As for `Trainer.train`.
 
         Raises:
-            ValueError: The checkpoint is not complete (`_faults.choose_checkpoint`); it was trained on other data
-                (`_faults.check_data`); the first rows or the model have errors (`_preflight.preflight`); another run
-                writes to the output folder (`_faults.lone_run`); a loss or a gradient is not finite
-                (`_faults.check_finite`); or too many rows were skipped (`_faults.StopConditions`).
+            ValueError: The checkpoint is not complete (`_faults.choose_checkpoint`); it was trained on other data, or
+                the processes have different data (`_faults.check_data`); the first rows or the model have errors
+                (`_preflight.preflight`); another run writes to the output folder (`_faults.lone_run`); a loss or a
+                gradient is not finite (`_faults.check_finite`); or too many rows were skipped
+                (`_faults.StopConditions`).
             OSError: A checkpoint could not be written (`_faults.explained_save`).
             SystemExit: SIGTERM came; a checkpoint has been saved.
         """
-        output_dir, is_main = self.args.output_dir, self.is_world_process_zero()
+        output_dir, is_main, self._first_rows = self.args.output_dir, self.is_world_process_zero(), None
         checkpoint = choose_checkpoint(resume_from_checkpoint, output_dir, log=is_main)
         with lone_run(output_dir, is_main=is_main), self._stop_conditions.listening(), explained_worker_death():
             check_data(self, checkpoint)
@@ -209,11 +212,18 @@ class LlavaTrainer(SFTTrainer):
         self._row_numbers.clear()
         return norm
 
-    def _get_dataloader(self, *args, **kwargs):
-        """As `Trainer._get_dataloader`; batches come with the numbers of their rows (`_faults.LoaderCollator`)."""
-        collator, self.data_collator = self.data_collator, LoaderCollator(self.data_collator)
+    def _get_dataloader(self, *args, is_training: bool = False, **kwargs):
+        """As `Trainer._get_dataloader`; batches come with the numbers of their rows (`_faults.LoaderCollator`).
+
+        `on_bad_row="skip"` is for training alone: a score over fewer rows would be another score.
+        """
+        collator = self.data_collator
+        used = copy.copy(collator)
+        if not is_training and hasattr(used, "on_bad_row"):
+            used.on_bad_row = "raise"
+        self.data_collator = LoaderCollator(collator if is_training else used)
         try:
-            return super()._get_dataloader(*args, **kwargs)
+            return super()._get_dataloader(*args, is_training=is_training, **kwargs)
         finally:
             self.data_collator = collator
 
@@ -275,6 +285,9 @@ class LlavaTrainer(SFTTrainer):
         """As `SFTTrainer._save_checkpoint`; an error says what to do, and takes the unfinished folder away."""
         folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
         with explained_save(self, folder, unfinished=True):
+            if self.args.should_save:  # an older one's would make a save complete that is cut short
+                (folder / "trainer_state.json").unlink(missing_ok=True)
+            self.accelerator.wait_for_everyone()
             super()._save_checkpoint(model, trial)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:

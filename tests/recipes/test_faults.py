@@ -9,18 +9,22 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import psutil
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from filelock import FileLock
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainerCallback
 
 import sft_full
 import tiny
+from _arguments import load_datasets
 from _faults import (
     SkippedRows,
     StopConditions,
+    check_data,
     choose_checkpoint,
     find_fault,
     identify,
@@ -29,6 +33,7 @@ from _faults import (
     newest_complete,
 )
 from _parts import train_only
+from _start_report import first_rows
 from _trainer import LlavaSFTConfig, LlavaTrainer
 from collators import LlavaDataCollator, chat_template_path
 from launch import DEADLINE, accelerate
@@ -165,16 +170,32 @@ def test_a_fresh_start_beside_old_checkpoints_warns(run, tmp_path, caplog):
     assert "holds checkpoint-4, checkpoint-2 from an earlier run" in caplog.text
 
 
+def test_a_save_cut_short_over_an_older_checkpoint_is_torn(run, base, data, monkeypatch):
+    def die(self, folder):
+        raise KeyboardInterrupt
+
+    assert find_fault(run / "checkpoint-4") is None
+    monkeypatch.setattr(LlavaTrainer, "_save_optimizer_and_scheduler", die)
+    with pytest.raises(KeyboardInterrupt):
+        sft_full.main(command("sft_full", base(), data, run, *FLAGS, "--max_steps", "4", "--save_steps", "4"))
+    assert "no trainer_state.json, which is written last" in find_fault(run / "checkpoint-4")
+
+
 # A full disk
 
 
 @pytest.mark.parametrize("file", ["optimizer.pt", "trainer_state.json"])
-def test_a_full_disk_while_saving(file, base, data, whole, tmp_path):
+def test_a_full_disk_while_saving(file, base, data, whole, tmp_path, monkeypatch):
     """ENOSPC from the system itself, in the middle of a save."""
     argv = command("sft_full", base(), data, tmp_path, *FLAGS, "--max_steps", "6")
-    (tmp_path / "checkpoint-4").mkdir()
-    (tmp_path / "checkpoint-4" / file).symlink_to("/dev/full")
-    with pytest.raises(OSError) as error:
+
+    def fill(self, folder, save=LlavaTrainer._save_optimizer_and_scheduler):
+        if folder.endswith("checkpoint-4"):
+            (tmp_path / "checkpoint-4" / file).symlink_to("/dev/full")
+        save(self, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError) as error:
+        patch.setattr(LlavaTrainer, "_save_optimizer_and_scheduler", fill)
         sft_full.main(argv)
     message = str(error.value)
     assert message.startswith(f"{tmp_path}/checkpoint-4 could not be saved (")
@@ -250,6 +271,33 @@ def test_a_checkpoint_that_does_not_know_its_rows_is_resumed(run, base, data, ca
     assert state["stateful_callbacks"]["TrainingData"]["args"]["rows"] == 12
 
 
+def test_processes_with_different_rows_do_not_train(monkeypatch):
+    rows = datasets.Dataset.from_dict({"messages": [[{"role": "user", "content": "?"}]] * 3})
+    trainer = SimpleNamespace(train_dataset=rows, args=SimpleNamespace(world_size=3))
+    mine = str(identify(rows))
+    monkeypatch.setattr("_faults.gather_object", lambda given: [*given, "2 rows, hash 0", *given])
+    with pytest.raises(ValueError) as error:
+        check_data(trainer, None)
+    assert f"process 0: {mine}; process 1: 2 rows, hash 0 (1 of 3 differ from process 0)" in str(error.value)
+
+
+def test_a_stream_is_opened_once_before_it_trains(base, tmp_path):
+    opened = []
+
+    def read():
+        opened.append(len(opened))
+        yield from rows
+
+    trainer = make_trainer(base(), tmp_path, max_steps=1)
+    rows = list(trainer.train_dataset) * 40
+    trainer.train_dataset = datasets.IterableDataset.from_generator(read, features=trainer.train_dataset.features)
+    assert len(first_rows(trainer)) == 256 and first_rows(trainer) is first_rows(trainer)
+    opened.clear()
+    trainer.train()
+    assert len(opened) == 2  # for all that is looked at, and to train
+    assert trainer._first_rows is None
+
+
 # A dead worker, and a second run
 
 
@@ -275,12 +323,23 @@ def test_a_worker_that_dies_ends_the_run_and_a_second_run_is_refused(base, data,
 
 
 def test_the_lock_goes_with_the_run_and_a_dry_run_takes_none(run, base, data):
-    argv = command("sft_full", base(), data, run, *FLAGS, "--max_steps", "4")
-    with lone_run(run, is_main=True):
+    argv = command("sft_full", base(), data, run, *FLAGS, "--max_steps", "4", "--on_bad_row", "skip")
+    skipped = run / "skipped_rows.jsonl"
+    skipped.write_text('{"row": 99, "id": null, "reason": "bad"}\n')
+    message = r"another run is writing to .*\.run\.lock.*--output_dir"
+    with FileLock(run / ".run.lock"):  # as another process would hold it
         sft_full.main([*argv, "--dry_run", "True"])
-        with pytest.raises(ValueError, match=r"another run is writing to .*\.run\.lock.*--output_dir"):
-            sft_full.main([*argv, *RESUME])
-    sft_full.main([*argv, *RESUME])
+        with pytest.raises(ValueError, match=message):
+            sft_full.main(argv)
+        with pytest.raises(ValueError, match=message):
+            make_trainer(base(), run).train()
+        assert skipped.read_text()
+    with pytest.raises(ValueError, match="names 1 rows that were skipped"):
+        sft_full.main([*argv, *RESUME])
+    sft_full.main([*argv, "--max_steps", "1"])
+    assert not skipped.read_text()
+    with FileLock(run / ".run.lock", blocking=False):
+        pass
 
 
 # Numbers that are not finite
@@ -408,6 +467,20 @@ def test_sigterm_to_a_launcher_and_its_processes(base, data, whole, tmp_path):
     assert losses(out) == pytest.approx(whole, rel=1e-3)
 
 
+class Terminate(TrainerCallback):
+    def on_step_begin(self, args, state, control, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def test_sigterm_saves_what_can_be_resumed_whatever_is_saved_otherwise(base, tmp_path):
+    trainer = make_trainer(base(), tmp_path, save_only_model=True)
+    trainer.add_callback(Terminate())
+    with pytest.raises(SystemExit) as leaving:
+        trainer.train()
+    assert leaving.value.code == 143
+    assert newest_complete(tmp_path) == (tmp_path / "checkpoint-1", [])
+
+
 def test_a_second_sigterm_acts_as_usual(base, tmp_path, monkeypatch):
     heard = []
     previous = signal.signal(signal.SIGTERM, lambda number, frame: heard.append(number))
@@ -454,3 +527,30 @@ def test_a_run_stops_when_more_than_a_hundredth_of_its_rows_is_skipped(base, dat
         sft_full.main(argv)
     names = {path.name for path in list_checkpoints(tmp_path / "out")}
     assert not names & {"checkpoint-4", "checkpoint-5", "checkpoint-6"}
+
+
+@pytest.mark.parametrize("harm", [lambda picture: picture.write_bytes(b"no picture"), Path.unlink])
+def test_a_bad_row_to_evaluate_on_is_an_error_and_not_counted(harm, base, data, tmp_path):
+    shutil.copytree(data, tmp_path / "data")
+    [*_, picture] = sorted((tmp_path / "data").glob("*.png"))
+    harm(picture)
+    flags = [*FLAGS, "--on_bad_row", "skip", "--max_steps", "1", "--eval_strategy", "steps", "--eval_steps", "1"]
+    argv = command("sft_full", base(), data, tmp_path / "out", *flags)
+    with pytest.raises(ValueError, match=picture.name):
+        sft_full.main([*argv, "--eval_dataset_name", str(tmp_path / "data" / "instruct.json")])
+    assert not (tmp_path / "out" / "skipped_rows.jsonl").read_text()
+
+
+def test_a_slice_to_evaluate_on_is_cut_from_the_rows_that_are_left(base, data, tmp_path):
+    rows = json.loads((data / "instruct.json").read_text()) * 10
+    rows[5] = {**rows[5], "image": "missing.png"}
+    (data / "sliced.json").write_text(json.dumps(rows))
+    flags = ["--on_bad_row", "skip", "--eval_strategy", "steps", "--dataset_name", str(data / "sliced.json")]
+    flags += ["--dataset_train_split", "train[:100]", "--dataset_test_split", "train[100:]"]
+    script_args, training_args, _ = sft_full.make_parser().parse_args_and_config(
+        command("sft_full", base(), data, tmp_path, *flags)
+    )
+    with pytest.warns(UserWarning, match="1 of 120 rows are left out"):
+        train, held_out = load_datasets(script_args, training_args)
+    assert (len(train), len(held_out), held_out[0]["_row"]) == (100, 19, 101)
+    assert SkippedRows(tmp_path / "skipped_rows.jsonl").count() == 1

@@ -2,8 +2,10 @@
 row and say nothing besides, and clean ones, of which it must say nothing. Behind it, the rest of the doctor.
 """
 
+import errno
 import io
 import json
+import os
 import re
 import shutil
 import struct
@@ -20,17 +22,19 @@ from PIL import Image, ImageCms
 from tokenizers import processors
 from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
+import _repair
 import inspect_data
 import tiny
 from _findings import Findings, Place
-from _lengths import padding_shares
+from _label_checks import LabelChecks
+from _lengths import LengthCounter, padding_shares
 from _memory import predict_memory
 from _parts import adapter_config, add_adapters, list_parts, quantised_loading, train_only
 from _row_checks import PictureChecks
 from collators import LlavaDataCollator, chat_template_path, load_image, load_rows, training_chat_template
 
 README = Path(__file__).parents[2] / "README.md"
-NAMED, CLEAN = 125, 33  # as README prints them
+NAMED, CLEAN = 129, 34  # as README prints them
 ROW = 4  # where a defect stands unless its case says otherwise
 
 
@@ -282,6 +286,12 @@ def edited(file: str, part: str | None = None, kind: str = "llava", **values) ->
     return plant
 
 
+def sliced(site: Site) -> None:
+    """Train and evaluate on rows of one file."""
+    site.flags += ["--dataset_train_split", "train[:7]", "--dataset_test_split", "train[7:]"]
+    site.flags += ["--eval_strategy", "steps"]
+
+
 def chatml(site: Site) -> None:
     path = site.spoil(chat_template=tiny.ONEVISION, tokenizer="qwen") / "generation_config.json"
     path.write_text(json.dumps({"eos_token_id": 6}))  # <|im_end|>
@@ -441,10 +451,17 @@ DEFECTS = {
     "a key that stands twice": bad_row(line(lambda text: '{"id": 1, ' + text[1:]), "stands twice"),
     "NaN": bad_row(line(lambda text: '{"score": NaN, ' + text[1:]), "NaN is not JSON"),
     "an object around the list": bad_row(
-        content(lambda rows: json.dumps({"data": rows}).encode()), "broken JSON in line 1: Expecting '['", [0]
+        content(lambda rows: json.dumps({"data": rows}).encode()),
+        "row 0: found broken JSON in line 1: Expecting '['",
+        [None],
     ),
     "a comma behind the last row": bad_row(
-        content(lambda rows: json.dumps(rows).encode()[:-1] + b",]"), "broken JSON in line 1", [10]
+        content(lambda rows: json.dumps(rows).encode()[:-1] + b",]"), "row 10: found broken JSON in line 1", [None]
+    ),
+    "a list that breaks off, where bad rows are skipped": bad_row(
+        all_of(content(lambda rows: json.dumps(rows).encode()[:-5]), flags("--on_bad_row", "skip")),
+        "row 9: found broken JSON in line 1",
+        [None],
     ),
     "UTF-16": bad_row(content(lambda rows: json.dumps(rows).encode("utf-16")), "expected UTF-8", [None]),
     "an empty file": bad_row(content(lambda rows: b""), "found no rows", [None]),
@@ -493,12 +510,15 @@ DEFECTS = {
     "###Human: under vip_llava": warning(
         "template-words", all_of(template("vip_llava"), say(1, "Four.\n###Human: And?")), "'###Human:' in turn 1"
     ),
-    "<Image> in an answer": warning("placeholder-typo", say(1, "See <Image>."), "'<Image>' in turn 1"),
+    "<Image> in a question": warning("placeholder-typo", text_only("<Image>\nWhat?"), "'<Image>' in turn 0"),
     "<img> in a question": warning("placeholder-typo", text_only("<img>\nWhat?"), "'<img>' in turn 0"),
     "[image] in a question": warning("placeholder-typo", text_only("[image] What?"), "'[image]' in turn 0"),
     "an unknown key names a picture": warning("picture-key", text_only(img_file="x.png"), "'img_file': 'x.png'"),
     "an encoding that was lost": warning("broken-characters", say(1, "A caf\ufffd."), "U+FFFD in turn 1"),
     # Training and evaluation
+    "a picture in both slices of a file": warning(
+        "picture-in-eval", all_of(sliced, again(id="r10", conversations=ASKED)), "/4.png, which stands in row 4", [10]
+    ),
     "a picture in both files": warning(
         "picture-in-eval", held_out({"image": "5.png", "conversations": ASKED}), "/5.png, which stands in row 5", [1]
     ),
@@ -518,6 +538,9 @@ DEFECTS = {
         "duplicate-row", held_out({"conversations": turns("Is two even?", "Yes.")}), "of row 2 of ", [1]
     ),
     "a bad row for evaluation": bad_row(held_out({"image": "as_large.png"}), "the keys ['image']", [1]),
+    "a bad row for evaluation, where those to train on are skipped": bad_row(
+        all_of(held_out({"image": "as_large.png"}), flags("--on_bad_row", "skip")), "the keys ['image']", [1]
+    ),
     # Pictures that cannot be used
     "a JPEG cut short": bad_picture(damaged("x.jpg", half), "x.jpg: image file is truncated"),
     "a PNG cut short": bad_picture(damaged("x.png", half), "x.png: "),
@@ -646,6 +669,9 @@ DEFECTS = {
     "fewer embeddings than tokens": misfit(
         "vocabulary", edited("config.json", "text_config", vocab_size=300), "300 rows in the embedding"
     ),
+    "a model of no known type": misfit(
+        "config", edited("config.json", model_type="llava_2"), "a config.json that cannot be loaded: "
+    ),
     "another image token": misfit(
         "image-token-id", edited("config.json", image_token_index=9), "9 in the model and 4 (<image>)"
     ),
@@ -750,8 +776,9 @@ def unicode_texts(site: Site) -> None:
 
 
 def harmless_words(site: Site) -> None:
-    say(0, '<image>\nWrite HTML for user: <img src="a.png" alt="image"> <picture id="1"> [1] <3 a < b')(site)
+    say(0, '<image>\nWrite HTML for user: <img src="a.png" alt="image"> <picture> <photo> [1] <3 a < b')(site)
     say(1, 'The assistant says: <s1> <br> <html lang="en"> [INSERT] image.png, user: assistant: User: System:')(site)
+    site.rows[7]["conversations"][3]["value"] = "<Image> and [image] are no tags, <img> is one."
     site.rows[5]["conversations"] = turns("<image>\nAn image? <|x|> ### Human", "USER ASSISTANT $x_1$ <imagery>")
     site.rows[6] |= {"source": "coco.jpg", "url": "https://example.org/6.png"}
     site.rows[2] |= {"source": "text.json", "note": "see 2.png and 3.png", "image": None}
@@ -801,6 +828,7 @@ CLEAN_SETS: dict[str, Plant] = {
     "words that look like others": harmless_words,
     "one picture and one question often": one_picture_often,
     "an evaluation file": evaluated,
+    "two slices of one file": sliced,
     "captions in stage 1": captions,
     "adapters": flags("--recipe", "sft_qlora"),
     "the last answer alone": flags("--train_on", "last_assistant"),
@@ -997,16 +1025,28 @@ def test_the_report_for_a_program(site):
 
 
 def test_padding_of_a_worked_example():
-    """The fixed seed draws the order 3, 2, 5, 4, 0, 1; 33 tokens in all."""
-    tokens = np.array([10, 2, 6, 4, 8, 3])
-    has_picture = np.array([True, True, False, False, True, False])
-    shares = padding_shares(tokens, has_picture, batch_size=2, length=11)
+    """Rows of 1 to 16 tokens, 136 in all, the last four without a picture. The fixed seed draws the orders
+
+        13 11 10 7   12 9 14 6   3 15 16 1   5 4 8 2      of all,
+        9 1 6 10   8 5 3 11   4 2 12 7                    of those with a picture,
+        13 14 16 15                                       of those without,
+
+    of which transformers sorts so many at once that there are four sorts or more, then puts the longest row first.
+    """
+    tokens = np.arange(1, 17)
+    shares = padding_shares(tokens, tokens <= 12, batch_size=2, length=17)
     assert shares == {
-        "random": 1 - 33 / 48,  # (4, 6), (3, 8), (10, 2)
-        "length grouped": 1 - 33 / 38,  # (10, 8), (6, 4), (3, 2)
-        "modality and length grouped": 1 - 33 / 37,  # (10, 8), (2); (6, 4), (3)
-        "packed": 2 / 35,  # 10, 8 + 3, 6 + 4, and 2 in a sequence that goes on
+        "random": 1 - 136 / 186,  # 2 × (13 + 10 + 12 + 14 + 15 + 16 + 5 + 8)
+        "length grouped": 1 - 136 / 158,  # 16 11, 10 7; 14 12, 9 6; 13 15, 3 1; 8 5, 4 2
+        "modality and length grouped": 1 - 136 / 170,  # 12 1, 10 6, 8 5, 11 3, 4 2, 9 7; 16 13, 14 15
+        "packed": 0,
     }
+    # Eight at once: 16 13, 12 11, 10 9, 7 6; 14 15, 8 5, 4 3, 2 1
+    accumulated = padding_shares(tokens, tokens <= 12, batch_size=2, length=17, accumulation=4)
+    assert accumulated["length grouped"] == 1 - 136 / 148
+    # 10, 8 + 3, 6 + 4, and 2 in a sequence that goes on; all without a picture
+    packed = padding_shares(np.array([10, 2, 6, 4, 8, 3]), np.zeros(6, dtype=bool), batch_size=2, length=11)["packed"]
+    assert packed == pytest.approx(2 / 35)
 
 
 LIMITS = [{}, {"max_length": 80}, {"max_images": 2}]
@@ -1041,6 +1081,18 @@ def test_lengths_are_the_collators(site, kind, limits):
     assert (found["shortened"], found["left_out"]) == (cut.shortened, cut.dropped)
     assert found["kept"] == 10 - cut.shortened - cut.dropped
     assert bool(cut.shortened and cut.dropped) == bool(limits)
+
+
+def test_the_pre_flight_spends_no_time_on_the_page(site, monkeypatch):
+    processor = AutoProcessor.from_pretrained(site.checkpoint)
+    processor.chat_template = training_chat_template(processor)
+    collator, findings = LlavaDataCollator(processor), Findings()
+    counter = LengthCounter(processor, processor.chat_template)
+    monkeypatch.setattr(counter, "count", None)  # would fail
+    checks = LabelChecks(findings, collator, collator, counter, show=False)
+    labels = checks([(Place("train.json", number), row) for number, row in enumerate(load_rows(site.write()))])
+    assert (labels["rows"], labels["turns"], labels["rows_equal_to_inference"]) == (10, 11, 10)
+    assert (checks.shown, findings.to_list()) == ([], [])
 
 
 @pytest.mark.parametrize("pictures", ["headers", "none"])
@@ -1151,7 +1203,7 @@ def test_the_rows_that_can_train_are_written(site, capsys):
         talk(3, "<image><image>", "No.", imgs=["0.png", "1.png"]),
         {"id": "r4", "conversations": shout},
         talk(5, "Is it?", "Yes.", "And?"),
-        talk(6, "<Image>\nWhich? [img]", "These.", images=["0.png", "1.png"]),
+        talk(6, "<Image>\nWhich? [image]", "These.", images=["0.png", "1.png"]),
         talk(7, "Is it?", "No.", image=""),
         {**good, "id": "r8"},
         talk(9, "<image>", "Cut.", image="cut.jpg"),
@@ -1199,7 +1251,7 @@ def test_the_rows_that_can_train_are_written(site, capsys):
         "renamed 'imgs' to 'images'",
         "renamed the speakers [' Human', 'GPT']",
         "dropped the last question, which has no answer",
-        "wrote <image> for ['<Image>', '[img]']",
+        "wrote <image> for ['<Image>', '[image]']",
         "wrote null for the empty 'image'",
         "repeats an earlier row",
         "picture-unreadable",
@@ -1232,3 +1284,62 @@ def test_what_exists_is_not_written_over(site):
     parquet()(site)
     with pytest.raises(ValueError, match="expected a .json or .jsonl file as --dataset_name"):
         site.run("--fix", str(site.folder / "other.jsonl"))
+
+
+def test_a_list_that_breaks_off_is_not_fixed(site):
+    text = json.dumps(site.rows)
+    content(lambda rows: text.replace('{"id": "r6"', '"id": "r6"').encode())(site)
+    before = sorted(site.folder.iterdir())
+    with pytest.raises(ValueError, match=r"--fix: .*train.json, row 7: .* What stands behind it would be lost"):
+        site.run("--on_bad_row", "skip", "--fix", str(site.folder / "fixed.jsonl"))
+    assert sorted(site.folder.iterdir()) == sorted([*before, site.folder / "train.json"])
+
+
+def test_a_disk_that_fills_leaves_no_fixed_file(site, monkeypatch):
+    def fill(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    say(1, 7)(site)
+    monkeypatch.setattr(_repair, "repair", fill)  # at row 4, behind rows that are written
+    with pytest.raises(OSError, match="No space left"):
+        site.run("--fix", str(site.folder / "fixed.jsonl"))
+    assert not list(site.folder.glob("fixed*"))
+
+
+# Slices
+
+
+def test_a_slice_is_what_is_read(site):
+    sliced(site)
+    site.rows[9]["conversations"][1]["value"] = ""
+    report = site.report()
+    path = str(site.write())
+    assert report["data"] == {"path": path, "rows": 7, "usable": 7, "eval_path": f"{path}:train[7:]"}
+    assert said(report) == [("warning", "empty-answer", 9)]
+    assert report["findings"][0]["examples"][0]["file"] == f"{path}:train[7:]"
+    assert site.report("--eval_strategy", "no")["findings"] == []
+
+
+@pytest.mark.parametrize(("policy", "bad", "named"), [("raise", 8, 8), ("skip", 8, None), ("skip", 2, 2)])
+def test_a_slice_counts_rows_as_training_does(site, policy, bad, named):
+    """Where rows are skipped, the slice begins behind them; else a bad row anywhere stops the run."""
+    site.rows[bad]["conversations"] = []
+    site.rows[4]["conversations"][1]["value"] = ""
+    site.flags += ["--on_bad_row", policy, "--dataset_train_split", "train[:4]"]
+    found = {(code, row) for _, code, row in said(site.report()) if row is not None}
+    assert found == {("unusable-row", named)} - {("unusable-row", None)} | (
+        {("empty-answer", 4)} if (policy, bad) == ("skip", 2) else set()
+    )
+
+
+def test_fix_takes_no_slice(site):
+    with pytest.raises(ValueError, match="--fix takes the whole file: drop the slice"):
+        site.run("--dataset_train_split", "train[:5]", "--fix", str(site.folder / "fixed.jsonl"))
+
+
+def test_fix_of_a_file_with_held_out_rows_writes_them_all(site):
+    """Rows that the evaluation repeats are no repetitions within the file."""
+    site.flags += ["--dataset_test_split", "train[7:]", "--eval_strategy", "steps"]
+    output = site.folder / "fixed.jsonl"
+    assert {code for _, code, _ in said(site.report("--fix", str(output)))} == {"duplicate-row", "picture-in-eval"}
+    assert len(output.read_text().splitlines()) == 10
