@@ -6,7 +6,8 @@ Rows may come from strangers, and the machine that trains sees more than they do
 the address asked; it knows no proxies, no redirects and no content encodings, and it needs nothing installed, where
 `huggingface_hub` went from requests to httpx to httpx2.
 
-This file imports libraries only, so that it can be pasted into a notebook cell whole.
+A file of its own: the collator is handed this function, so that the collator's own file opens no network. It imports
+libraries only, so that it can be pasted into a notebook cell whole.
 """
 
 import http.client
